@@ -1,0 +1,13 @@
+// The extension module `lightning_zinf._ext`. Only files in bind/ include nanobind.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void init_kernels(nb::module_ &m);
+void init_io(nb::module_ &m);
+
+NB_MODULE(_ext, m) {
+  m.doc() = "Compiled core of lightning-zinf: optimizer kernels, host memory and asynchronous file I/O.";
+  init_kernels(m);
+  init_io(m);
+}
