@@ -1,0 +1,125 @@
+"""Host memory for large buffers: mapped on their own, page-aligned, pinned or given back page by page.
+
+Note. torch's allocator takes memory from malloc: not aligned for direct I/O, not sure to return to the system. A tensor
+from :func:`host_empty` owns a mapping of its own. It is an ordinary CPU tensor; the mapping goes when the last tensor
+that views it goes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+__all__ = ["host_empty", "is_pinned", "pin", "release_pages", "unpin"]
+
+_native: Any
+try:
+    _native = importlib.import_module("lightning_zinf._ext")
+except ImportError:
+    from lightning_zinf.ops import _fallback as _native
+
+_pinned: dict[int, int] = {}  # start -> bytes, of what pin() registered
+
+
+def host_empty(nbytes: int, *, huge_pages: bool = True) -> torch.Tensor:
+    """Return ``nbytes`` of host memory as a uint8 tensor whose first byte is page-aligned.
+
+    Pages cost no memory until they are written to; before that they read as zeros.
+
+    Args:
+        nbytes: Size in bytes.
+        huge_pages: From 2 MiB up, align to 2 MiB and ask for huge pages: fewer page faults and TLB misses, but memory
+            is then taken 2 MiB at a time.
+
+    Raises:
+        MemoryError: The system refuses that many bytes; the message has the number.
+        ValueError: ``nbytes`` is negative.
+    """
+    if nbytes < 0:
+        raise ValueError(f"nbytes must not be negative: {nbytes}")
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(_native.host_alloc(nbytes, huge_pages))
+    return tensor
+
+
+def release_pages(tensor: torch.Tensor) -> int:
+    """Give the memory of the whole pages inside ``tensor`` back to the system, and return the bytes given back.
+
+    The tensor stays valid: its pages read as zeros and cost memory again when written to. Partial pages at its ends
+    are left as they are.
+
+    Raises:
+        ValueError: Not contiguous, not inside memory from :func:`host_empty`, or pinned.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError("release_pages: the tensor is not contiguous")
+    if tensor.nbytes == 0:
+        return 0
+    if is_pinned(tensor):
+        raise ValueError("release_pages: the memory is pinned; unpin it first")
+    released: int = _native.host_release_pages(tensor.data_ptr(), tensor.nbytes)
+    if released < 0:
+        raise ValueError(f"release_pages: these {tensor.nbytes} bytes are not inside memory from host_empty")
+    return released
+
+
+def is_pinned(tensor: torch.Tensor) -> bool:
+    """Tell whether any byte of ``tensor`` lies in memory that :func:`pin` registered."""
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    return any(start < begin + nbytes and begin < end for begin, nbytes in _pinned.items())
+
+
+def pin(tensor: torch.Tensor) -> bool:
+    """Lock the memory of ``tensor`` for direct access by CUDA devices, so that copies run asynchronously.
+
+    The caller must :func:`unpin` before the last tensor on that memory goes.
+
+    Returns:
+        True if the memory is pinned now, False where there is no CUDA.
+
+    Raises:
+        RuntimeError: CUDA refuses; the message has the bytes.
+        ValueError: Not contiguous, or pinned in part already.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError("pin: the tensor is not contiguous")
+    if tensor.nbytes == 0 or not torch.cuda.is_available():
+        return False
+    if _pinned.get(tensor.data_ptr()) == tensor.nbytes:
+        return True
+    if is_pinned(tensor):
+        raise ValueError(f"pin: the {tensor.nbytes} bytes overlap memory that is pinned already")
+    code = int(_cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1))  # 1: portable, for all devices
+    if code != 0:
+        raise RuntimeError(f"cudaHostRegister cannot pin {tensor.nbytes} bytes of host memory: {_describe(code)}")
+    _pinned[tensor.data_ptr()] = tensor.nbytes
+    return True
+
+
+def unpin(tensor: torch.Tensor) -> None:
+    """Undo :func:`pin` of this very tensor. Does nothing if it is not pinned.
+
+    Raises:
+        RuntimeError: CUDA refuses.
+    """
+    if _pinned.pop(tensor.data_ptr(), None) is None:
+        return
+    code = int(_cudart().cudaHostUnregister(tensor.data_ptr()))
+    if code != 0:
+        raise RuntimeError(f"cudaHostUnregister failed: {_describe(code)}")
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _describe(code: int) -> str:
+    # The module knows the messages of its own enum; an unknown number must not hide the failure.
+    cudart = _cudart()
+    try:
+        return str(cudart.cudaGetErrorString(cudart.cudaError(code)))
+    except (TypeError, ValueError):
+        return f"error {code}"
