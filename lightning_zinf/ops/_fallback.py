@@ -214,7 +214,7 @@ class IOEngine:
         ticket = IOTicket(operation, file, offset, nbytes)
         with self._lock:
             self.in_flight += 1
-        view = memoryview(owner.detach().flatten().view(torch.uint8).numpy())
+        view = owner.detach().flatten().view(torch.uint8).numpy().data
         self._pool.submit(self._run, ticket, operation, file, offset, view)
         return ticket
 

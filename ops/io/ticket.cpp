@@ -39,17 +39,17 @@ void Ticket::finish_piece(size_t length, std::optional<Error> error) {
 }
 
 void Ticket::complete() {
-  // Leave before telling: who has waited may close the file and the engine without waiting again.
+  // Leave before telling: who has waited finds the file and the engine without this request.
   file_->leave();
   if (!error_) ledger_->bytes[static_cast<size_t>(op_)].fetch_add(length_, std::memory_order_relaxed);
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    finished_ = std::chrono::steady_clock::now();
-    done_.store(true, std::memory_order_release);
-    completed_.notify_all();
+    std::lock_guard<std::mutex> lock(ledger_->mutex);
+    if (--ledger_->pending == 0) ledger_->idle.notify_all();
   }
-  std::lock_guard<std::mutex> lock(ledger_->mutex);
-  if (--ledger_->pending == 0) ledger_->idle.notify_all();
+  std::lock_guard<std::mutex> lock(mutex_);
+  finished_ = std::chrono::steady_clock::now();
+  done_.store(true, std::memory_order_release);
+  completed_.notify_all();
 }
 
 bool Ticket::wait_for(std::chrono::nanoseconds timeout) const {
