@@ -59,7 +59,7 @@ def _warn_fallback() -> None:
     )
 
 
-def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], numel: int) -> int:
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], numel: int | None) -> int:
     """The address of a tensor that the extension can take; an error that names it otherwise."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -70,7 +70,7 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype | tuple[torch.dty
         raise ValueError(f"{name} must be a dense tensor in host memory, got {tensor.layout} on {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
-    if tensor.numel() != numel:
+    if numel is not None and tensor.numel() != numel:
         raise ValueError(f"{name} has {tensor.numel()} elements, expected {numel}")
     return tensor.data_ptr()
 
@@ -108,17 +108,19 @@ def adam_update(
         ValueError: A tensor is not contiguous, not in host memory or of the wrong size; a segment is outside the
             planes, overlaps another or has no hyper-parameters; ``step < 1``; ``clip_value <= 0``. Nothing is changed.
     """
+    weight_at = _check("weight", weight, torch.float32 if residual is None else torch.bfloat16, None)
     count = weight.numel()
-    weight_at = _check("weight", weight, torch.float32 if residual is None else torch.bfloat16, count)
     residual_at = 0 if residual is None else _check("residual", residual, torch.int16, count)
     exp_avg_at = _check("exp_avg", exp_avg, torch.float32, count)
     exp_avg_sq_at = _check("exp_avg_sq", exp_avg_sq, torch.float32, count)
     table = array("q")
     for index, segment in enumerate(segments):
         grad = segment.grad
-        numel = grad.numel()
-        address = _check_grad(index, grad, numel)
-        table.extend((segment.offset, numel, address, _DTYPE_CODES[grad.dtype], segment.hyper))
+        code = _DTYPE_CODES.get(grad.dtype, -1)
+        # The quick test first: a model has thousands of small segments.
+        if code < 0 or not grad.is_cpu or not grad.is_contiguous() or grad.layout is not torch.strided:
+            _check(f"segments[{index}].grad", grad, tuple(_DTYPE_CODES), None)
+        table.extend((segment.offset, grad.numel(), grad.data_ptr(), code, segment.hyper))
     rows = array("f")
     for hyper in hypers:
         rows.extend(reference.adam_scalars(hyper, grad_scale, clip_value))
@@ -140,13 +142,6 @@ def adam_update(
         rows.buffer_info()[0],
         len(hypers),
     )
-
-
-def _check_grad(index: int, grad: torch.Tensor, numel: int) -> int:
-    # The quick test first: a model has thousands of small segments.
-    if grad.dtype in _DTYPE_CODES and grad.is_cpu and grad.layout is torch.strided and grad.is_contiguous():
-        return grad.data_ptr()
-    return _check(f"segments[{index}].grad", grad, tuple(_DTYPE_CODES), numel)
 
 
 def _check_segments(segments: Sequence[Segment], num_hypers: int, count: int) -> None:
@@ -177,6 +172,8 @@ def squared_norm(tensors: Sequence[torch.Tensor]) -> tuple[float, bool]:
         TypeError: A tensor has another dtype.
         ValueError: A tensor is not contiguous or not in host memory.
     """
+    if _ext is None:
+        _warn_fallback()  # here too, so that the warning points at the caller
     total = sum(squared_norms(tensors), 0.0)
     return total, total - total == 0
 
@@ -185,9 +182,8 @@ def squared_norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     """The sum of squares of each tensor; as :func:`squared_norm`, whose sum is that of these in order."""
     table = array("q")
     for index, tensor in enumerate(tensors):
-        numel = tensor.numel()
-        address = _check(f"tensors[{index}]", tensor, tuple(_DTYPE_CODES), numel)
-        table.extend((address, numel, _DTYPE_CODES[tensor.dtype]))
+        address = _check(f"tensors[{index}]", tensor, tuple(_DTYPE_CODES), None)
+        table.extend((address, tensor.numel(), _DTYPE_CODES[tensor.dtype]))
     if _ext is None:
         _warn_fallback()
         return reference.squared_norms(tensors)
@@ -208,17 +204,15 @@ def split_master(master: torch.Tensor, weight: torch.Tensor, residual: torch.Ten
         TypeError: A tensor has the wrong dtype.
         ValueError: A tensor is not contiguous, not in host memory or of another size.
     """
+    master_at = _check("master", master, torch.float32, None)
     count = master.numel()
-    addresses = (
-        _check("master", master, torch.float32, count),
-        _check("weight", weight, torch.bfloat16, count),
-        _check("residual", residual, torch.int16, count),
-    )
+    weight_at = _check("weight", weight, torch.bfloat16, count)
+    residual_at = _check("residual", residual, torch.int16, count)
     if _ext is None:
         _warn_fallback()
         reference.split_master(master, weight, residual)
     else:
-        _ext.split_master(*addresses, count)
+        _ext.split_master(master_at, weight_at, residual_at, count)
 
 
 def join_master(weight: torch.Tensor, residual: torch.Tensor, master: torch.Tensor) -> None:
@@ -233,17 +227,15 @@ def join_master(weight: torch.Tensor, residual: torch.Tensor, master: torch.Tens
         TypeError: A tensor has the wrong dtype.
         ValueError: A tensor is not contiguous, not in host memory or of another size.
     """
+    weight_at = _check("weight", weight, torch.bfloat16, None)
     count = weight.numel()
-    addresses = (
-        _check("weight", weight, torch.bfloat16, count),
-        _check("residual", residual, torch.int16, count),
-        _check("master", master, torch.float32, count),
-    )
+    residual_at = _check("residual", residual, torch.int16, count)
+    master_at = _check("master", master, torch.float32, count)
     if _ext is None:
         _warn_fallback()
         reference.join_master(weight, residual, master)
     else:
-        _ext.join_master(*addresses, count)
+        _ext.join_master(weight_at, residual_at, master_at, count)
 
 
 def set_num_threads(n: int) -> None:

@@ -169,7 +169,8 @@ def squared_norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     sums = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        sums.append(sum((float(part.double().square().sum()) for part in flat.split(_SLICE)), 0.0))
+        slices = (flat[first : first + _SLICE] for first in range(0, flat.numel(), _SLICE))
+        sums.append(sum((float(part.double().square().sum()) for part in slices), 0.0))
     return sums
 
 

@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kTaskElements = 64 * 1024;
 
 std::string describe(const AdamSegment &s, int64_t index) {
-  return "segment " + std::to_string(index) + " [" + std::to_string(s.offset) + ", " +
-         std::to_string(s.offset + s.numel) + ")";
+  return "segment " + std::to_string(index) + " (offset " + std::to_string(s.offset) + ", " + std::to_string(s.numel) +
+         " elements)";
 }
 
 void check_segments(const AdamPlanes &planes, const AdamSegment *segments, int64_t count, int64_t num_scalars) {

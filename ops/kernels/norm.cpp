@@ -3,6 +3,8 @@
 #include "thread_pool.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 namespace zinf {
@@ -49,6 +51,7 @@ void squared_norms(const NormTensor *tensors, int64_t count, double *sums) {
   for (int64_t i = 0; i < count; ++i) {
     sums[i] = 0.0;
     for (int64_t first = 0; first < tensors[i].numel; first += kPieceElements) sums[i] += partial[next++];
+    if (std::isnan(sums[i])) sums[i] = std::numeric_limits<double>::quiet_NaN(); // which NaN is up to the compiler
   }
 }
 
