@@ -23,7 +23,6 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find ops \( -name '*.cpp'
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
-# Two stamps, so that an edit of a C++ file does not resolve all dependencies again.
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is " + sys.version if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +30,10 @@ $(VENV)/.created:
 
 # constraints.txt pins what is installed here; PIP_BUILD_CONSTRAINT has it pin what the build itself uses (older pips
 # ignore it). cmake is for the C++ tests: the build of the extension brings its own.
+# Where only C++ files changed, there are no dependencies to look at.
 $(VENV)/.installed: $(VENV)/.created $(BUILD_INPUTS)
-	PIP_BUILD_CONSTRAINT=constraints.txt $(PIP) install --quiet --progress-bar off -c constraints.txt -e '.[dev]' cmake
+	PIP_BUILD_CONSTRAINT=constraints.txt $(PIP) install --quiet --progress-bar off -c constraints.txt \
+		$(if $(filter-out ops/%,$?),-e '.[dev]' cmake,--no-deps -e .)
 	touch $@
 
 install: $(VENV)/.installed  ## Create .venv and install the package and its tools in it
@@ -50,7 +51,7 @@ comma := ,
 # $(1): build folder, $(2): build type, $(3): sanitizers, $(4): command before ctest
 define ctest
 	$(BIN)/cmake -S ops -B build/$(1) -DCMAKE_BUILD_TYPE=$(2) -DZINF_PYTHON=OFF -DZINF_TESTS=ON -DZINF_SANITIZE=$(3)
-	$(BIN)/cmake --build build/$(1) --parallel $(JOBS)
+	MAKEFLAGS=--no-print-directory $(BIN)/cmake --build build/$(1) --parallel $(JOBS)
 	$(4) $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error --parallel $(JOBS) --timeout 600
 endef
 
