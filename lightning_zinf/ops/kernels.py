@@ -113,14 +113,15 @@ def adam_update(
     residual_at = 0 if residual is None else _check("residual", residual, torch.int16, count)
     exp_avg_at = _check("exp_avg", exp_avg, torch.float32, count)
     exp_avg_sq_at = _check("exp_avg_sq", exp_avg_sq, torch.float32, count)
-    table = array("q")
+    cells: list[int] = []
     for index, segment in enumerate(segments):
         grad = segment.grad
         code = _DTYPE_CODES.get(grad.dtype, -1)
         # The quick test first: a model has thousands of small segments.
         if code < 0 or not grad.is_cpu or not grad.is_contiguous() or grad.layout is not torch.strided:
             _check(f"segments[{index}].grad", grad, tuple(_DTYPE_CODES), None)
-        table.extend((segment.offset, grad.numel(), grad.data_ptr(), code, segment.hyper))
+        cells += (segment.offset, grad.numel(), grad.data_ptr(), code, segment.hyper)
+    table = array("q", cells)
     rows = array("f")
     for hyper in hypers:
         rows.extend(reference.adam_scalars(hyper, grad_scale, clip_value))
