@@ -50,7 +50,7 @@ class File:
         self._fixed_size = size if create else None
         self._in_flight = 0
         self._idle = threading.Condition()
-        self.closed = False
+        self.closed = True  # until all is well: nobody else shall close what a failure here has closed
         if create:
             name = f"{path}.tmp{os.getpid()}-{next(_counter)}-{time.time_ns()}" if unlink else path
             self.fd = self._call("create", os.open, name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -67,10 +67,11 @@ class File:
             flags = os.O_RDWR if writable else os.O_RDONLY
             operation = "open for reading and writing" if writable else "open for reading"
             self.fd = self._call(operation, os.open, path, flags | os.O_CLOEXEC)
-            if size is not None and self.size < size:
-                found = self.size
+            found = os.fstat(self.fd).st_size
+            if size is not None and found < size:
                 os.close(self.fd)
                 raise self._error(_NO_DATA, "open", f"expected {size} bytes, the file has {found}")
+        self.closed = False
 
     def _error(self, code: int, operation: str, detail: str = "") -> OSError:
         return OSError(code, f"{os.strerror(code)}: {operation}" + (f" ({detail})" if detail else ""), self.path)
@@ -138,7 +139,7 @@ class File:
             os.close(self.fd)
 
     def __del__(self) -> None:
-        if not getattr(self, "closed", True) and hasattr(self, "fd"):
+        if not getattr(self, "closed", True):
             os.close(self.fd)
 
 
