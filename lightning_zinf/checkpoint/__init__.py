@@ -1,0 +1,1 @@
+"""Taking state out of an engine and putting it back."""

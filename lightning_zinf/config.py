@@ -1,0 +1,102 @@
+"""Every option of the strategy, as frozen dataclasses.
+
+Each field is documented under ``Args``: LightningCLI turns the text into the command line's help, so there is one
+place for it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, Optional, Union
+
+Offload = Literal["auto", "none", "cpu", "nvme"]
+Tier = Literal["device", "host", "nvme"]
+
+
+def _check_positive(name: str, value: Optional[int]) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
+        raise ValueError(f"{name} must be a positive whole number of bytes or None, got {value!r}")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """How much memory the engine may use for pages, and how the model is cut into units.
+
+    Args:
+        host_bytes: Budget in bytes for host memory that pages pass through: gathered weights (on a CPU accelerator) and
+            staging for optimizer state. ``None`` takes a few units' worth, at most a quarter of the free memory. State
+            that ``offload_*="cpu"`` keeps in host memory for good is not counted.
+        device_bytes: Budget in bytes of accelerator memory for gathered weights. ``None`` takes a few units' worth, at
+            most a quarter of the free memory. Not used on a CPU accelerator.
+        unit_bytes: A module subtree without repeated blocks becomes one unit if its parameters are at most this many
+            bytes; larger subtrees are cut along their children.
+        full_read_bytes: ``model.state_dict()`` or ``copy.deepcopy(model)`` of a paged model larger than this raises
+            instead of filling the memory. ``None`` takes half of the free host memory.
+    """
+
+    host_bytes: Optional[int] = None
+    device_bytes: Optional[int] = None
+    unit_bytes: int = 16 * 2**20
+    full_read_bytes: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        _check_positive("memory.host_bytes", self.host_bytes)
+        _check_positive("memory.device_bytes", self.device_bytes)
+        _check_positive("memory.unit_bytes", self.unit_bytes)
+        _check_positive("memory.full_read_bytes", self.full_read_bytes)
+
+
+@dataclass(frozen=True)
+class OverlapConfig:
+    """What runs ahead of the computation.
+
+    Args:
+        prefetch: Read units ahead of their use, in the order that the previous step recorded. ``False`` fetches on
+            demand (for debugging; results are the same).
+    """
+
+    prefetch: bool = True
+
+
+@dataclass(frozen=True)
+class IOConfig:
+    """How files are read and written.
+
+    Args:
+        threads: Number of I/O threads.
+        queue_depth: Most requests under way at once.
+        block_bytes: Size in bytes of the pieces that a request is cut into.
+        backend: ``auto`` takes io_uring where a run-time probe finds it usable and fast, else a pool of threads.
+        tile_numel: Elements of optimizer state read, updated and written as one piece.
+        direct: Bypass the page cache (O_DIRECT) where the file system allows it.
+    """
+
+    threads: int = 4
+    queue_depth: int = 32
+    block_bytes: int = 2**20
+    backend: Literal["auto", "threads", "io_uring"] = "auto"
+    tile_numel: int = 2**20
+    direct: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "queue_depth", "block_bytes", "tile_numel"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(f"io.{name} must be a positive whole number, got {value!r}")
+        if self.block_bytes % 4096:
+            raise ValueError(f"io.block_bytes must be a multiple of 4096, got {self.block_bytes}")
+        if self.tile_numel % 4096:
+            raise ValueError(f"io.tile_numel must be a multiple of 4096, got {self.tile_numel}")
+        if self.backend not in ("auto", "threads", "io_uring"):
+            raise ValueError(f"io.backend must be 'auto', 'threads' or 'io_uring', got {self.backend!r}")
+
+
+NvmePath = Union[str, "os.PathLike[str]", None]
+
+
+def check_offload(name: str, value: str) -> None:
+    """Raise ValueError unless ``value`` is one of the offload targets."""
+    choices = ("auto", "none", "cpu", "nvme")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

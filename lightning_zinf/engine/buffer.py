@@ -1,0 +1,270 @@
+"""A flat buffer: the parameters of one unit that share a dtype, and every plane of their state.
+
+Note [Two views of a weight]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+Compute sees the weight plane, in the compute dtype. The user sees the master. In 32-bit training they are one and the
+same memory. In mixed precision the weight plane is the high half of the master and ``residual`` its low half, and the
+master exists only while somebody looks at it: ``open_master`` joins the halves into a float32 buffer that the parameters
+then view, and ``close_master`` splits it again. So whatever code outside of a training step does to a parameter, it does
+to the float32 master.
+
+Note [Pending updates]
+~~~~~~~~~~~~~~~~~~~~~~
+An optimizer step of offloaded state is recorded here and applied when the weights are next needed, just in time: the
+weight that the forward reads anyway is read once for both. Whoever wants the weights gets them through ``load``, so
+nobody ever sees a weight whose update is still to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_zinf import parameters as paging
+from lightning_zinf.engine.gradients import Gradients
+from lightning_zinf.layout import FlatLayout
+from lightning_zinf.memory.slots import use_count
+from lightning_zinf.memory.state import Plane, State
+from lightning_zinf.ops import join_master, split_master
+
+if TYPE_CHECKING:
+    from lightning_zinf.engine.context import EngineContext
+    from lightning_zinf.engine.residence import Weights
+    from lightning_zinf.optim.update import Update
+
+
+class FlatBuffer:
+    """Parameters of one unit, one dtype.
+
+    Args:
+        name: Name for messages: the unit's, and what is special about the buffer.
+        names: Fully qualified name of each parameter.
+        params: The parameters.
+        compute_dtype: Dtype of the weight plane: float32, or bfloat16.
+        context: What the engine shares with its buffers.
+    """
+
+    weights: Weights
+
+    def __init__(
+        self,
+        name: str,
+        names: Sequence[str],
+        params: Sequence[nn.Parameter],
+        compute_dtype: torch.dtype,
+        context: EngineContext,
+    ) -> None:
+        self.name = name
+        self.names = list(names)
+        self.params = list(params)
+        self.compute_dtype = compute_dtype
+        self.view_dtype = params[0].dtype
+        self.split = compute_dtype == torch.bfloat16
+        self.context = context
+        self.device = context.device
+        self.layout: FlatLayout = context.layout_of([tuple(p.shape) for p in params], compute_dtype.itemsize)
+        self.classes = [paging.original_class(p) for p in params]
+        self.stand_ins = [paging.stand_in(p.shape, compute_dtype, self.device) for p in params]
+        self.state: State | None = None
+        self.steps = [0] * len(params)
+        self.pending: list[Update] = []
+        self.version = 0
+        self.bound: Literal["new", "none", "compute", "master"] = "new"
+        self.gradients = Gradients(self)
+        self._master: Tensor | None = None
+        for index, param in enumerate(params):
+            paging.adopt(param, self, index)
+
+    def __repr__(self) -> str:
+        return f"FlatBuffer({self.name!r}, {len(self.params)} parameters, {self.layout.numel} elements)"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight plane, padding included."""
+        return self.layout.padded_numel * self.compute_dtype.itemsize
+
+    @property
+    def persistent(self) -> bool:
+        """Whether the weights stay where compute reads them."""
+        return self.weights.persistent
+
+    @property
+    def trained(self) -> bool:
+        """Whether an optimizer keeps moments here."""
+        return self.state is not None and "exp_avg" in self.state.planes
+
+    @property
+    def on_device(self) -> bool:
+        """Whether updates run on the accelerator."""
+        return self.context.optimizer_tier == "device"
+
+    def need_moments(self) -> None:
+        """Make sure that the buffer has room for the moments of Adam."""
+        planes: tuple[Plane, ...] = ("exp_avg", "exp_avg_sq")
+        if self.state is None:
+            self.state = self.context.new_state(self.layout.padded_numel, planes, self.context.optimizer_tier)
+        else:
+            self.state.add_planes(planes)
+
+    @property
+    def deferred(self) -> bool:
+        """Whether optimizer steps wait until the weights are next needed."""
+        return self.state is not None and (self.state.offloaded or not self.persistent)
+
+    def fault(self, owners: list[Any]) -> None:
+        """Make every buffer of ``owners`` resident (a released parameter was used)."""
+        self.context.fault(owners)
+
+    # ------------------------------------------------------------------ loading
+
+    def start(self, *, force: bool) -> bool:
+        """Start to bring the weights; return False if there is no slot for them now and ``force`` is not set."""
+        if not self.weights.start(force=force, pending=bool(self.pending)):
+            return False
+        if self.pending and self.state is not None:
+            self.state.prefetch()
+        return True
+
+    def load(self) -> None:
+        """Finish bringing the weights: wait for reads, apply pending updates, copy to the accelerator."""
+        self.weights.arrive()
+        updated = bool(self.pending)
+        while self.pending:
+            assert self.state is not None, self
+            with self.context.counters.timed("update_seconds"):
+                self.pending[0].apply(self, self.weights.host(), self.state)
+            self.pending.pop(0)
+            self.touched()
+        self.weights.publish(updated=updated)
+
+    def touched(self) -> None:
+        """Note that the weights changed: saved tensors of an older graph are no longer what they were."""
+        self.version += 1
+        self.context.counters.updates += 1
+
+    # ------------------------------------------------------------------ binding
+
+    def bind(self) -> None:
+        """Let the parameters view the weights, as plain parameters."""
+        if self.bound == "compute":
+            return
+        slot = self.weights.slot
+        assert slot is not None, self
+        views = slot.views(self.layout, self.compute_dtype)
+        for param, cls, view in zip(self.params, self.classes, views, strict=True):
+            param.__class__ = cls
+            param.data = view
+        self.bound = "compute"
+
+    def unbind(self) -> None:
+        """Let every use of the parameters fault; paged weights give their slot back."""
+        if self.bound == "master":
+            self.bind()
+        if self.bound != "none":
+            for param, cls, stand_in in zip(self.params, self.classes, self.stand_ins, strict=True):
+                # Weights that stay in place stay readable: autograd saved the parameters themselves.
+                if not self.persistent:
+                    param.data = stand_in
+                param.__class__ = paging.released_class(cls)
+            self.bound = "none"
+        self.weights.leave()
+
+    def views_of(self, flat: Tensor) -> list[Tensor]:
+        """Cut a flat tensor into one view per parameter."""
+        layout = self.layout
+        return [flat[o : o + n].view(s) for o, n, s in zip(layout.offsets, layout.numels, layout.shapes, strict=True)]
+
+    # ------------------------------------------------------------------ the user's view
+
+    def open_master(self) -> None:
+        """Let the parameters view the master; the weights must be loaded."""
+        if not self.split or self.view_dtype == self.compute_dtype:
+            self.bind()
+            return
+        self._master = self.read_master()
+        for param, cls, view in zip(self.params, self.classes, self.views_of(self._master), strict=True):
+            param.__class__ = cls
+            param.data = view
+        self.bound = "master"
+
+    def close_master(self) -> None:
+        """Take the user's changes back into the planes; the weights stay loaded and bound for compute."""
+        flat = self.weights.flat() if self._master is None else self._master
+        self._absorb(flat)
+        if self._master is None:
+            self.weights.store()
+        else:
+            self.write_master(self._master)
+            self._master = None
+            self.bind()
+
+    def take_in(self) -> None:
+        """Take in values that the user put elsewhere, where the weights are in place and bound."""
+        if self.bound == "compute":
+            self._absorb(self.weights.flat())
+
+    def storage_key(self) -> int:
+        """Return what tells the slot's storage from others."""
+        slot = self.weights.slot
+        assert slot is not None, self
+        return int(slot.memory.untyped_storage()._cdata)
+
+    @property
+    def seen(self) -> bool:
+        """Whether somebody outside of the engine still sees the open master."""
+        if self._master is not None:
+            flat = self._master
+            viewing = sum(p.untyped_storage().data_ptr() == flat.data_ptr() for p in self.params)
+            return use_count(flat) > 1 + viewing
+        slot = self.weights.slot
+        return slot is not None and slot.use_count_beyond(len(self.params))
+
+    def _absorb(self, flat: Tensor) -> None:
+        """Take in values that the user put elsewhere (``p.data = x``, ``model.to()``), and restore the views."""
+        low, high = flat.data_ptr(), flat.data_ptr() + flat.nbytes
+        for name, param, view in zip(self.names, self.params, self.views_of(flat), strict=True):
+            if not param.numel() or (low <= param.data_ptr() < high and param.dtype == flat.dtype):
+                continue
+            if param.shape != view.shape:
+                raise ValueError(
+                    f"parameter {name!r} was given data of shape {tuple(param.shape)}, but it has shape "
+                    f"{tuple(view.shape)}: change the model before the strategy sets it up"
+                )
+            with torch.no_grad():
+                view.copy_(param.detach())
+            param.data = view
+
+    # ------------------------------------------------------------------ whole planes
+
+    def read_master(self) -> Tensor:
+        """Return the master as a new float32 tensor on the device, padding included; the weights must be loaded."""
+        weight = self.weights.flat()
+        if not self.split:
+            return weight.clone()
+        assert self.state is not None, self
+        master = torch.empty(self.layout.padded_numel, dtype=torch.float32)
+        join_master(weight.cpu(), self.state.read("residual").cpu(), master)
+        return master.to(self.device)
+
+    def write_master(self, master: Tensor) -> None:
+        """Set the master from a float32 tensor, padding included; the weights must be loaded."""
+        self.version += 1
+        flat = self.weights.flat()
+        if self.split:
+            assert self.state is not None, self
+            weight = torch.empty(self.layout.padded_numel, dtype=torch.bfloat16)
+            residual = torch.empty(self.layout.padded_numel, dtype=torch.int16)
+            split_master(master.cpu(), weight, residual)
+            flat.copy_(weight)
+            self.state.write("residual", residual)
+        else:
+            flat.copy_(master)
+        self.weights.store()
+
+    def read_plane(self, plane: Plane) -> Tensor | None:
+        """Return a plane of the state, or None if the buffer has none; updates must not be pending."""
+        assert not self.pending, self
+        return self.state.read(plane) if self.state is not None and plane in self.state.planes else None

@@ -1,0 +1,206 @@
+"""What the engine shares with its buffers: rings, stores, counters and the way to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_zinf.config import Tier
+from lightning_zinf.layout import FlatLayout
+from lightning_zinf.memory.nvme import NvmeStore
+from lightning_zinf.memory.slots import Slot, SlotRing
+from lightning_zinf.memory.state import NvmeState, Plane, ResidentState, State
+from lightning_zinf.memory.tiles import TileRing
+from lightning_zinf.monitor.counters import Counters
+from lightning_zinf.ops import host_empty
+from lightning_zinf.ops.memory import pin
+
+
+class EngineContext:
+    """Shared by the engine and its buffers.
+
+    Args:
+        device: Where compute runs.
+        counters: The engine's counters.
+        optimizer_tier: Where optimizer state lives.
+        aliased: Whether host and device are one memory. ``None`` means: if the device is the CPU. Tests pass False to
+            run the code of an accelerator with memory of its own on a CPU.
+    """
+
+    def __init__(
+        self, device: torch.device, counters: Counters, optimizer_tier: Tier = "host", aliased: bool | None = None
+    ) -> None:
+        self.device = device
+        self.optimizer_tier = optimizer_tier
+        self.counters = counters
+        self.aliased = device.type == "cpu" if aliased is None else aliased
+        self.fault: Callable[[list[Any]], None] = lambda owners: None
+        self._ring: SlotRing | None = None
+        self._staging: SlotRing | None = None
+        self._tiles: TileRing | None = None
+        self._nvme: NvmeStore | None = None
+        self._layouts: dict[tuple[Any, ...], FlatLayout] = {}
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def layout_of(self, shapes: Sequence[tuple[int, ...]], itemsize: int) -> FlatLayout:
+        """Return the layout of these shapes; equal ones are one object, so that slots can share their views."""
+        key = (tuple(shapes), itemsize)
+        if key not in self._layouts:
+            self._layouts[key] = FlatLayout.build(shapes, itemsize)
+        return self._layouts[key]
+
+    # ------------------------------------------------------------------ parts that only some plans need
+
+    @property
+    def ring(self) -> SlotRing:
+        """Slots on the device for gathered weights."""
+        assert self._ring is not None
+        return self._ring
+
+    @property
+    def staging(self) -> SlotRing:
+        """Slots on the host that weights pass through between NVMe and an accelerator."""
+        assert self._staging is not None
+        return self._staging
+
+    @property
+    def tiles(self) -> TileRing:
+        """Staging for optimizer state."""
+        assert self._tiles is not None
+        return self._tiles
+
+    @property
+    def nvme(self) -> NvmeStore:
+        """The NVMe tier."""
+        assert self._nvme is not None
+        return self._nvme
+
+    @property
+    def has_nvme(self) -> bool:
+        """Whether anything lives on NVMe."""
+        return self._nvme is not None
+
+    def install(
+        self,
+        *,
+        ring: SlotRing | None = None,
+        staging: SlotRing | None = None,
+        tiles: TileRing | None = None,
+        nvme: NvmeStore | None = None,
+    ) -> None:
+        """Put the parts in that the plan needs; what is not given stays as it is."""
+        self._ring = ring or self._ring
+        self._staging = staging or self._staging
+        self._tiles = tiles or self._tiles
+        self._nvme = nvme or self._nvme
+
+    def pages(self) -> list[tuple[str, str, int]]:
+        """Return ``(what, tier, bytes)`` of the memory that pages pass through."""
+        rows: list[tuple[str, str, int]] = []
+        if self._ring is not None:
+            rows.append(("slots for gathered weights", "host" if self.aliased else "device", self._ring.budget))
+        if self._staging is not None:
+            rows.append(("staging for weights", "host", self._staging.budget))
+        if self._tiles is not None:
+            rows.append(("staging for state", "host", self._tiles.nbytes))
+        return rows
+
+    def drain(self) -> None:
+        """Wait for everything under way to NVMe."""
+        for part in (self._tiles, self._ring, self._staging):
+            if part is not None:
+                part.drain()
+
+    def close(self) -> None:
+        """Finish what is under way and give everything back."""
+        try:
+            self.drain()
+        finally:
+            if self._nvme is not None:
+                self._nvme.close()
+            self._nvme = self._ring = self._staging = self._tiles = None
+
+    def new_state(self, numel: int, planes: tuple[Plane, ...], tier: Tier) -> State:
+        """Return zeroed state of ``numel`` elements on ``tier``."""
+        if tier == "nvme":
+            return NvmeState(numel, planes, self.nvme, self.tiles, self.counters)
+        allocate = self.allocate_device if tier == "device" and not self.aliased else self.allocate_host
+        return ResidentState(numel, planes, allocate)
+
+    # ------------------------------------------------------------------ memory
+
+    def allocate_host(self, nbytes: int) -> Tensor:
+        """Return ``nbytes`` of zeroed, page-aligned host memory, pinned if a CUDA device will copy from it."""
+        memory = host_empty(nbytes)
+        if self.device.type == "cuda":
+            pin(memory)
+        return memory
+
+    def allocate_device(self, nbytes: int) -> Tensor:
+        """Return ``nbytes`` of zeroed memory on the device."""
+        if self.device.type == "cpu":
+            return host_empty(nbytes)
+        # Slots must stay ordinary tensors: what is allocated under inference_mode would break the next fit.
+        with torch.inference_mode(False):
+            return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+
+    # ------------------------------------------------------------------ copies (CUDA parts not verified on a GPU yet)
+
+    def upload(self, host: Tensor, slot: Slot, device: Tensor) -> None:
+        """Copy ``host`` to ``device``, which lies in ``slot``, after whoever used the slot before has finished."""
+        self.counters.host_to_device_bytes += host.nbytes
+        with torch.no_grad():
+            if self._copy_stream is None:
+                device.copy_(host)
+                return
+            compute = torch.cuda.current_stream(self.device)
+            if slot.event is not None:
+                self._copy_stream.wait_event(slot.event)
+            with torch.cuda.stream(self._copy_stream):
+                device.copy_(host, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record(self._copy_stream)
+            compute.wait_event(done)
+            slot.writes.append(EventTicket(done, host))
+
+    def download(self, device: Tensor, host: Tensor) -> EventTicket | None:
+        """Copy ``device`` to ``host``; return a ticket to wait for, or None if it is done."""
+        self.counters.device_to_host_bytes += device.nbytes
+        with torch.no_grad():
+            if self._copy_stream is None:
+                host.copy_(device)
+                return None
+            self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._copy_stream):
+                host.copy_(device, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record(self._copy_stream)
+            device.record_stream(self._copy_stream)
+            return EventTicket(done, device)
+
+    def mark_used(self, slot: Slot) -> None:
+        """Note on the compute stream that whoever used ``slot`` is done with it."""
+        if self._copy_stream is not None:
+            slot.event = torch.cuda.Event()
+            slot.event.record(torch.cuda.current_stream(self.device))
+
+
+@dataclass
+class EventTicket:
+    """A copy on a CUDA stream; keeps its tensor alive until it is done."""
+
+    event: Any
+    keep: Tensor = field(repr=False)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Block until the copy is done."""
+        self.event.synchronize()
+        return int(self.keep.nbytes)
+
+    def done(self) -> bool:
+        """Whether the copy is done."""
+        return bool(self.event.query())

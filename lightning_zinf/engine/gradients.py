@@ -1,0 +1,136 @@
+"""Gradients of a buffer between backward and the optimizer step.
+
+Note [Gradients]
+~~~~~~~~~~~~~~~~
+On a CPU accelerator gradients stay where autograd put them, in ``p.grad``: they are in host memory already, and code that
+reads or scales ``p.grad`` before the step keeps working. On an accelerator with memory of its own each gradient goes to
+host memory as soon as it is complete, once, in the dtype that it has, and ``p.grad`` is None after.
+
+Several backwards before a step accumulate in float32, also where gradients are bfloat16: what an earlier backward left is
+moved to a float32 sum before the next one starts. In 32-bit training on a CPU autograd's own sum is just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_zinf.engine.buffer import FlatBuffer
+    from lightning_zinf.engine.context import EventTicket
+
+
+class Gradients:
+    """Gradients of one buffer.
+
+    Args:
+        buffer: Whose gradients.
+    """
+
+    def __init__(self, buffer: FlatBuffer) -> None:
+        self._buffer = buffer
+        self._sums: dict[int, Tensor] = {}
+        self._arrived: dict[int, Tensor] = {}
+        self._tickets: list[EventTicket] = []
+        self._plane: Tensor | None = None
+
+    @property
+    def _stays(self) -> bool:
+        """Whether gradients stay where autograd puts them."""
+        return self._buffer.context.aliased or self._buffer.on_device
+
+    def take(self, index: int) -> None:
+        """Move the gradient of parameter ``index`` off the device, or leave it if host and device are one."""
+        buffer = self._buffer
+        if self._stays:
+            return
+        grad = buffer.params[index].grad
+        if grad is None:
+            return
+        if index in self._arrived:
+            self._fold(index)
+        if self._plane is None:
+            nbytes = buffer.layout.padded_numel * grad.dtype.itemsize
+            self._plane = buffer.context.allocate_host(nbytes).view(grad.dtype)
+        start, numel = buffer.layout.offsets[index], buffer.layout.numels[index]
+        host = self._plane[start : start + numel].view(buffer.layout.shapes[index])
+        ticket = buffer.context.download(grad.detach(), host)
+        if ticket is not None:
+            self._tickets.append(ticket)
+        self._arrived[index] = host
+        buffer.params[index].grad = None
+
+    def before_backward(self) -> None:
+        """Make room for the gradients of another backward."""
+        if not self._stays or self._buffer.compute_dtype == torch.float32:
+            return
+        for index, param in enumerate(self._buffer.params):
+            if param.grad is not None:
+                self._arrived[index] = param.grad.detach()
+                self._fold(index)
+                param.grad = None
+
+    def collect(self, indices: Collection[int], *, keep: bool) -> list[tuple[int, Tensor]]:
+        """Return ``(index, gradient)`` of every parameter among ``indices`` that has one, contiguous.
+
+        Args:
+            indices: Which parameters.
+            keep: Leave the gradients in place. If False, they are the caller's alone.
+
+        Raises:
+            ValueError: If a gradient is sparse.
+        """
+        for index in indices:
+            self.take(index)
+        self._wait()
+        found: list[tuple[int, Tensor]] = []
+        for index in indices:
+            grad = self._of(index)
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise ValueError(
+                    f"parameter {self._buffer.names[index]!r} has a sparse gradient, which Adam cannot use: build the "
+                    "embedding with sparse=False"
+                )
+            found.append((index, grad if grad.is_contiguous() else grad.contiguous()))
+        if not keep:
+            self._plane = None  # the caller owns it now
+            self.clear(indices)
+        return found
+
+    def clear(self, indices: Collection[int]) -> None:
+        """Forget the gradients of these parameters."""
+        self._wait()
+        for index in indices:
+            self._sums.pop(index, None)
+            self._arrived.pop(index, None)
+            self._buffer.params[index].grad = None
+
+    def _of(self, index: int) -> Tensor | None:
+        """Return the whole gradient of a parameter, summed over backwards."""
+        param = self._buffer.params[index]
+        grad = self._arrived.get(index, param.grad)
+        total = self._sums.get(index)
+        if total is None:
+            return None if grad is None else grad.detach()
+        if grad is not None:
+            total += grad.detach()
+            self._arrived.pop(index, None)
+            param.grad = None
+        return total
+
+    def _fold(self, index: int) -> None:
+        self._wait()
+        grad = self._arrived.pop(index)
+        if index in self._sums:
+            self._sums[index] += grad
+        else:
+            self._sums[index] = grad.to(torch.float32, copy=True)
+
+    def _wait(self) -> None:
+        while self._tickets:
+            self._tickets.pop().wait()

@@ -1,0 +1,116 @@
+"""The saved-tensor net: autograd never holds a slot.
+
+Note [Saved-tensor net]
+~~~~~~~~~~~~~~~~~~~~~~~
+While a paged model computes, every tensor that autograd saves and that lies in a slot is packed as (buffer, geometry),
+and refilled from the buffer in backward. So slots can be reused between forward and backward, whatever module saved a
+view of a weight. In normal runs the pre-backward hooks have brought the unit back before anything is unpacked; a refill
+that has to fetch is counted.
+
+Only the innermost pair of saved-tensor hooks applies, so tensors that are not ours are passed to the pair that was there
+before us (a user's ``save_on_cpu`` around the step, say).
+
+A weight that was updated between forward and backward is refused, as autograd's version counter would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_zinf.engine.buffer import FlatBuffer
+
+
+@dataclass(slots=True)
+class _Packed:
+    """A saved view of a buffer's weights."""
+
+    buffer: FlatBuffer
+    version: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class _Foreign:
+    """Somebody else's packed tensor."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+
+class Pager(Protocol):
+    """What the net needs of the engine."""
+
+    def buffer_at(self, storage: int) -> FlatBuffer | None:
+        """Return the paged buffer whose slot has this storage, if any."""
+
+    def refill(self, buffer: FlatBuffer) -> Tensor:
+        """Make the buffer's unit resident for backward and return the flat weights."""
+
+
+class SavedTensorNet:
+    """Saved-tensor hooks around the computation of a paged model.
+
+    Args:
+        pager: The engine.
+    """
+
+    def __init__(self, pager: Pager) -> None:
+        self._pager = pager
+        self._open: list[Any] = []
+
+    def enter(self) -> None:
+        """Put the hooks in place."""
+        outer = _outer_hooks()
+
+        def pack(tensor: Tensor) -> Any:
+            buffer = self._pager.buffer_at(tensor.untyped_storage()._cdata)
+            if buffer is not None:
+                return _Packed(
+                    buffer, buffer.version, tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype
+                )
+            return tensor if outer is None else _Foreign(outer[0](tensor), outer[1])
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
+        hooks.__enter__()
+        self._open.append(hooks)
+
+    def exit(self) -> None:
+        """Take the hooks away that were put in place last."""
+        self._open.pop().__exit__(None, None, None)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if isinstance(packed, _Foreign):
+            return packed.unpack(packed.packed)
+        buffer = packed.buffer
+        flat = self._pager.refill(buffer)
+        if buffer.version != packed.version:
+            raise RuntimeError(
+                f"backward needs weights of {buffer.name!r} as they were in forward, but they were updated in between "
+                f"(version {packed.version} then, {buffer.version} now): call backward before optimizer.step(), or run "
+                "forward again"
+            )
+        if packed.dtype != flat.dtype:
+            flat = flat.view(packed.dtype)
+        return flat.as_strided(packed.size, packed.stride, packed.offset)
+
+
+def _outer_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        return None
+    try:
+        hooks = top(True)
+    except TypeError:  # older signature
+        hooks = top()
+    return hooks if hooks else None

@@ -1,0 +1,63 @@
+"""How much memory is free here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def free_host_bytes() -> int:
+    """Return the bytes of host memory that this process can still take: the machine's, its cgroup's and RLIMIT_DATA's."""
+    free = [_meminfo(), *_cgroup(), *_rlimit()]
+    return max(0, min(free))
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Return the free bytes of an accelerator's memory; of host memory for a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_bytes()
+
+
+def _meminfo() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _cgroup() -> list[int]:
+    for limit_file, used_file in _CGROUPS:
+        try:
+            limit, used = Path(limit_file).read_text().strip(), int(Path(used_file).read_text())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit() and int(limit) < 1 << 60:
+            return [int(limit) - used]
+    return []
+
+
+def _rlimit() -> list[int]:
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        if limit == resource.RLIM_INFINITY:
+            return []
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmData:"):
+                return [limit - int(line.split()[1]) * 1024]
+    except (ImportError, OSError):
+        pass
+    return []

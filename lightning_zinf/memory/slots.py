@@ -1,0 +1,192 @@
+"""A ring of persistent slots, the memory that gathered weights pass through.
+
+Note [Slots]
+~~~~~~~~~~~~
+Freeing and growing a storage per gather costs a page fault per page on a CPU and fragments a GPU's allocator, so gathered
+buffers live in slots that are allocated once and reused. The sum of their sizes never exceeds the budget, except where
+a running operator needs more at once than the budget holds: then the ring overcommits and counts it.
+
+A free slot keeps its content and remembers whose it is (``holder``), so a unit that is needed again before its slot was
+taken costs no read: that happens at the turn from forward to backward. The least recently used slot is taken first,
+which for a palindrome (forward, then backward) is the one whose next use is farthest.
+
+A slot is taken for somebody else only when its storage use count is at its baseline, that is when nobody outside of the
+engine still sees it. A slot that stays visible is left to whoever holds it and counted as orphaned; so a weight that was
+stashed outside of autograd's saved tensors stays right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_zinf.layout import FlatLayout
+from lightning_zinf.monitor.counters import Counters
+
+
+class Ticket(Protocol):
+    """A request under way."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Block until finished; raise what went wrong."""
+
+    def done(self) -> bool:
+        """Whether it has finished, well or not."""
+
+
+def use_count(tensor: Tensor) -> int:
+    """Return how many tensors and other owners share the storage of ``tensor``."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+class Slot:
+    """A piece of memory that holds one flat buffer at a time."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.nbytes = memory.numel()
+        self.holder: object | None = None
+        self.free = False
+        self.stamp = 0
+        self.writes: list[Ticket] = []
+        self.event: Any = None
+        self._views: dict[tuple[int, torch.dtype], tuple[FlatLayout, list[Tensor]]] = {}
+        self._baseline = use_count(memory)
+
+    def views(self, layout: FlatLayout, dtype: torch.dtype) -> list[Tensor]:
+        """Return one view per parameter of ``layout``; cached, since equal units share layouts."""
+        key = (id(layout), dtype)
+        cached = self._views.get(key)
+        if cached is None:
+            before = use_count(self.memory)
+            flat = self.flat(layout.padded_numel, dtype)
+            views = [
+                flat[o : o + n].view(s) for o, n, s in zip(layout.offsets, layout.numels, layout.shapes, strict=True)
+            ]
+            del flat
+            self._baseline += use_count(self.memory) - before  # the views, and a base that they keep alive
+            cached = self._views[key] = (layout, views)
+        return cached[1]
+
+    def flat(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Return the first ``numel`` elements as one tensor of ``dtype``."""
+        return self.memory[: numel * dtype.itemsize].view(dtype)
+
+    @property
+    def visible(self) -> bool:
+        """Whether somebody outside of the engine still sees this memory."""
+        return use_count(self.memory) > self._baseline
+
+    def use_count_beyond(self, expected: int) -> bool:
+        """Whether more than ``expected`` tensors outside of the engine view this memory."""
+        return use_count(self.memory) > self._baseline + expected
+
+    def wait_writes(self, counters: Counters) -> None:
+        """Wait until the content has been written where it was being written to."""
+        if self.writes:
+            with counters.timed("stall_write_seconds"):
+                writes, self.writes = self.writes, []
+                for ticket in writes:
+                    ticket.wait()
+
+
+class SlotRing:
+    """Slots of several sizes under one byte budget.
+
+    Args:
+        budget: Most bytes that all slots together may take.
+        allocate: Makes a ``uint8`` tensor of that many bytes, aligned for direct I/O.
+        counters: Where reuse, orphans and overcommits are counted.
+    """
+
+    def __init__(self, budget: int, allocate: Callable[[int], Tensor], counters: Counters) -> None:
+        self.budget = budget
+        self.total = 0
+        self.peak = 0
+        self._allocate = allocate
+        self._counters = counters
+        self._slots: list[Slot] = []
+        self._clock = 0
+
+    def find(self, holder: object) -> Slot | None:
+        """Return the free slot that still has the content of ``holder``."""
+        return next((s for s in self._slots if s.free and s.holder is holder), None)
+
+    def acquire(self, nbytes: int, holder: object, *, force: bool = False) -> tuple[Slot, bool] | None:
+        """Take a slot of at least ``nbytes`` for ``holder``.
+
+        Args:
+            nbytes: Size needed.
+            holder: Whose content it will have.
+            force: Exceed the budget rather than return None.
+
+        Returns:
+            The slot and whether it still has the content of ``holder``; None if the budget is used up by slots in use.
+        """
+        slot = self.find(holder)
+        if slot is not None:
+            return self._take(slot, holder), True
+        slot = self._pick(nbytes)
+        if slot is None and self._make_room(nbytes):
+            slot = self._new(nbytes)
+        if slot is None and force:
+            self._counters.overcommits += 1
+            slot = self._new(nbytes)
+        if slot is None:
+            return None
+        slot.wait_writes(self._counters)
+        return self._take(slot, holder), False
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot back; it keeps its content until somebody else needs it."""
+        self._clock += 1
+        slot.free, slot.stamp = True, self._clock
+
+    def forget(self, slot: Slot) -> None:
+        """Let the content of ``slot`` not be found again."""
+        slot.holder = None
+
+    def drain(self) -> None:
+        """Wait for every write under way."""
+        for slot in self._slots:
+            slot.wait_writes(self._counters)
+
+    def _take(self, slot: Slot, holder: object) -> Slot:
+        slot.free, slot.holder = False, holder
+        return slot
+
+    def _pick(self, nbytes: int) -> Slot | None:
+        # A new slot is better than one with content somebody may come back for, as long as the budget lasts.
+        if self.total + nbytes <= self.budget:
+            return self._new(nbytes)
+        roof = max(2 * nbytes, nbytes + 65536)
+        fits = [s for s in self._slots if s.free and nbytes <= s.nbytes <= roof]
+        for slot in sorted(fits, key=lambda s: s.stamp):
+            slot.wait_writes(self._counters)  # a request under way holds on to the memory too
+            if not slot.visible:
+                return slot
+        return None
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Drop free slots, least recently used first, until ``nbytes`` more fit."""
+        free = sorted((s for s in self._slots if s.free), key=lambda s: s.stamp)
+        if self.total - sum(s.nbytes for s in free) + nbytes > self.budget:
+            return False
+        for slot in free:
+            if self.total + nbytes <= self.budget:
+                break
+            slot.wait_writes(self._counters)
+            self._counters.orphaned_slots += slot.visible
+            self._slots.remove(slot)
+            self.total -= slot.nbytes
+        return True
+
+    def _new(self, nbytes: int) -> Slot:
+        slot = Slot(self._allocate(nbytes))
+        self._slots.append(slot)
+        self.total += nbytes
+        self.peak = max(self.peak, self.total)
+        return slot

@@ -1,0 +1,215 @@
+"""Where the low half of the master and the moments of a flat buffer live.
+
+Note [State records]
+~~~~~~~~~~~~~~~~~~~~
+The update is elementwise, so it never needs a whole unit's state at once: state on NVMe is cut into tiles, and all
+planes of a tile lie together, ``[residual | exp_avg | exp_avg_sq]``. One read brings a tile, one write takes it back, and
+the memory for staging is a few tiles, whatever the size of the largest unit. Moments start as zeros, which is what a
+preallocated file reads as, so nothing is written for them at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_zinf.layout import tile_ranges
+from lightning_zinf.memory.nvme import Extent, NvmeStore
+from lightning_zinf.memory.tiles import Tile, TileRing
+from lightning_zinf.monitor.counters import Counters
+
+Plane = Literal["residual", "exp_avg", "exp_avg_sq"]
+PLANE_DTYPES: dict[Plane, torch.dtype] = {
+    "residual": torch.int16,
+    "exp_avg": torch.float32,
+    "exp_avg_sq": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The planes of a range of elements, ready to be updated in place.
+
+    Attributes:
+        start: First element of the range in the flat buffer.
+        stop: End of the range.
+        planes: One tensor of ``stop - start`` elements per plane.
+    """
+
+    start: int
+    stop: int
+    planes: dict[Plane, Tensor]
+
+
+class ResidentState:
+    """State that stays in memory, on the host or on the accelerator.
+
+    Args:
+        numel: Elements of the flat buffer, padding included.
+        planes: The planes to keep.
+        allocate: Makes a zeroed ``uint8`` tensor of that many bytes.
+    """
+
+    offloaded = False
+
+    def __init__(self, numel: int, planes: tuple[Plane, ...], allocate: Callable[[int], Tensor]) -> None:
+        self.numel = numel
+        self._allocate = allocate
+        self._planes: dict[Plane, Tensor] = {}
+        self.add_planes(planes)
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The planes that are kept."""
+        return tuple(self._planes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return sum(t.nbytes for t in self._planes.values())
+
+    def add_planes(self, planes: tuple[Plane, ...]) -> None:
+        """Keep these planes too, zeroed; those that are kept already stay as they are."""
+        for plane in planes:
+            if plane not in self._planes:
+                dtype = PLANE_DTYPES[plane]
+                self._planes[plane] = self._allocate(self.numel * dtype.itemsize).view(dtype)
+
+    def prefetch(self) -> None:
+        """Nothing to fetch."""
+
+    def records(self) -> Iterator[Record]:
+        """Yield every record, to be updated in place."""
+        yield Record(0, self.numel, self._planes)
+
+    def read(self, plane: Plane) -> Tensor:
+        """Return a plane: the thing itself, not a copy."""
+        return self._planes[plane]
+
+    def write(self, plane: Plane, value: Tensor) -> None:
+        """Replace the content of a plane."""
+        if value.data_ptr() != self._planes[plane].data_ptr():
+            self._planes[plane].copy_(value)
+
+
+class NvmeState:
+    """State on NVMe, cut into tiles; see Note [State records].
+
+    Args:
+        numel: Elements of the flat buffer, padding included.
+        planes: The planes to keep.
+        store: Where the records lie.
+        ring: Staging for tiles.
+        counters: Where stalls are counted.
+    """
+
+    offloaded = True
+
+    def __init__(
+        self, numel: int, planes: tuple[Plane, ...], store: NvmeStore, ring: TileRing, counters: Counters
+    ) -> None:
+        self.numel = numel
+        self._store = store
+        self._ring = ring
+        self._counters = counters
+        self.planes: tuple[Plane, ...] = ()
+        self._set_planes(planes)
+
+    @staticmethod
+    def bytes_needed(numel: int, planes: tuple[Plane, ...]) -> int:
+        """Return the bytes that ``planes`` of ``numel`` elements take."""
+        return numel * sum(PLANE_DTYPES[p].itemsize for p in planes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return self.bytes_needed(self.numel, self.planes)
+
+    def _set_planes(self, planes: tuple[Plane, ...]) -> None:
+        self.planes = tuple(p for p in PLANE_DTYPES if p in planes)
+        width = sum(PLANE_DTYPES[p].itemsize for p in self.planes)
+        self._extent: Extent = self._store.allocate(self.numel * width)
+        self._ranges = tile_ranges(self.numel, self._ring.tile_numel)
+        self._width = width
+
+    def add_planes(self, planes: tuple[Plane, ...]) -> None:
+        """Keep these planes too, zeroed; the content of the others is carried over."""
+        old = self.planes
+        if set(planes) <= set(old):
+            return
+        kept = {p: self.read(p) for p in old}
+        self._set_planes(old + tuple(p for p in planes if p not in old))
+        for plane, value in kept.items():
+            self.write(plane, value)
+
+    def prefetch(self) -> None:
+        """Start to read as many tiles as the staging ring has room for."""
+        for index in range(len(self._ranges)):
+            if not self._ring.prefetch(self, index):
+                break
+
+    def start_read(self, index: int, tile: Tile) -> None:
+        """Start to read tile ``index`` into ``tile``."""
+        start, stop = self._ranges[index]
+        staging = tile.memory[: (stop - start) * self._width]
+        tile.ticket = self._store.read(self._extent, staging, start * self._width)
+
+    def records(self) -> Iterator[Record]:
+        """Yield every record in staging, to be updated in place; each is written back when the next is asked for."""
+        for index, (start, stop) in enumerate(self._ranges):
+            tile = self._ring.take(self, index)
+            for ahead in range(index + 1, len(self._ranges)):
+                if not self._ring.prefetch(self, ahead):
+                    break
+            try:
+                with self._counters.timed("stall_read_seconds"):
+                    tile.wait()
+                yield Record(start, stop, self._planes_of(tile, stop - start))
+            except BaseException:
+                self._ring.drop(tile)
+                raise
+            staging = tile.memory[: (stop - start) * self._width]
+            self._ring.write_back(tile, self._store.write(self._extent, staging, start * self._width))
+
+    def _planes_of(self, tile: Tile, numel: int) -> dict[Plane, Tensor]:
+        planes: dict[Plane, Tensor] = {}
+        offset = 0
+        for plane in self.planes:
+            dtype = PLANE_DTYPES[plane]
+            planes[plane] = tile.memory[offset : offset + numel * dtype.itemsize].view(dtype)
+            offset += numel * dtype.itemsize
+        return planes
+
+    @contextmanager
+    def _pieces(self, plane: Plane, whole: Tensor) -> Iterator[list[tuple[Tensor, int]]]:
+        before = sum(PLANE_DTYPES[p].itemsize for p in self.planes[: self.planes.index(plane)])
+        self._ring.drain()
+        yield [
+            (whole[start:stop], start * self._width + (stop - start) * before) for start, stop in self._ranges
+        ]
+
+    def read(self, plane: Plane) -> Tensor:
+        """Read a whole plane into new memory."""
+        whole = torch.empty(self.numel, dtype=PLANE_DTYPES[plane])
+        with self._pieces(plane, whole) as pieces:
+            tickets = [self._store.read(self._extent, piece, offset) for piece, offset in pieces]
+        with self._counters.timed("stall_read_seconds"):
+            for ticket in tickets:
+                ticket.wait()
+        return whole
+
+    def write(self, plane: Plane, value: Tensor) -> None:
+        """Replace the content of a whole plane."""
+        with self._pieces(plane, value.contiguous()) as pieces:
+            tickets = [self._store.write(self._extent, piece, offset) for piece, offset in pieces]
+        with self._counters.timed("stall_write_seconds"):
+            for ticket in tickets:
+                ticket.wait()
+
+
+State = ResidentState | NvmeState

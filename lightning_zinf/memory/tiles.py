@@ -1,0 +1,131 @@
+"""Staging for optimizer state on its way between NVMe and the update.
+
+Note [Tiles]
+~~~~~~~~~~~~
+A tile is free, or being read ahead, or in use by the update, or being written back. Tiles are read ahead in the order in
+which the update will want them. If that order turns out different and every tile is taken by reads of somebody else, the
+one that was wanted last is dropped: it is clean, so nothing is lost but a read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_zinf.memory.slots import Ticket
+from lightning_zinf.monitor.counters import Counters
+
+if TYPE_CHECKING:
+    from lightning_zinf.memory.state import NvmeState
+
+
+class Tile:
+    """One piece of staging memory."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.ticket: Ticket | None = None
+        self.key: tuple[int, int] | None = None
+
+    def wait(self) -> None:
+        """Wait for what is under way in this tile."""
+        ticket, self.ticket = self.ticket, None
+        if ticket is not None:
+            ticket.wait()
+
+
+class TileRing:
+    """A fixed number of tiles.
+
+    Args:
+        count: Number of tiles; at least 2, so that one can be read while another is updated.
+        tile_numel: Elements a tile has room for.
+        width: Bytes of all planes of one element.
+        allocate: Makes a ``uint8`` tensor of that many bytes, aligned for direct I/O.
+        counters: Where stalls are counted.
+    """
+
+    def __init__(
+        self, count: int, tile_numel: int, width: int, allocate: Callable[[int], Tensor], counters: Counters
+    ) -> None:
+        assert count >= 2, count
+        self.tile_numel = tile_numel
+        self._counters = counters
+        self._free = [Tile(allocate(tile_numel * width)) for _ in range(count)]
+        self._ahead: dict[tuple[int, int], Tile] = {}
+        self._writing: list[Tile] = []
+        self.nbytes = count * tile_numel * width
+
+    def prefetch(self, state: NvmeState, index: int) -> bool:
+        """Start to read a tile ahead if one is free; return False if none is."""
+        if (id(state), index) in self._ahead:
+            return True
+        tile = self._get_free(block=False)
+        if tile is None:
+            return False
+        self._start(state, index, tile)
+        self._ahead[(id(state), index)] = tile
+        return True
+
+    def take(self, state: NvmeState, index: int) -> Tile:
+        """Return a tile with the content of ``index`` on its way."""
+        tile = self._ahead.pop((id(state), index), None)
+        if tile is None:
+            tile = self._get_free(block=True)
+            if tile is None:  # all are ahead of their time
+                self.drop(self._ahead.popitem()[1])
+                tile = self._free.pop()
+            self._start(state, index, tile)
+        return tile
+
+    def write_back(self, tile: Tile, ticket: Ticket) -> None:
+        """Give a tile back whose content is being written by ``ticket``."""
+        tile.ticket = ticket
+        self._writing.append(tile)
+
+    def drop(self, tile: Tile) -> None:
+        """Give a tile back whose content is not wanted."""
+        ticket, tile.ticket = tile.ticket, None
+        if ticket is not None:
+            _settle(ticket)
+        self._free.append(tile)
+
+    def drain(self) -> None:
+        """Wait for every write, and forget what was read ahead."""
+        while self._ahead:
+            self.drop(self._ahead.popitem()[1])
+        while self._writing:
+            self._finish_write(self._writing[0])
+
+    def _start(self, state: NvmeState, index: int, tile: Tile) -> None:
+        tile.key = (id(state), index)
+        try:
+            for other in [t for t in self._writing if t.key == tile.key]:  # never read past a write under way
+                self._finish_write(other)
+            state.start_read(index, tile)
+        except BaseException:
+            self._free.append(tile)
+            raise
+
+    def _get_free(self, *, block: bool) -> Tile | None:
+        for tile in [t for t in self._writing if t.ticket is None or t.ticket.done()]:
+            self._finish_write(tile)
+        if not self._free and self._writing and block:
+            with self._counters.timed("stall_write_seconds"):
+                self._finish_write(self._writing[0])
+        return self._free.pop() if self._free else None
+
+    def _finish_write(self, tile: Tile) -> None:
+        self._writing.remove(tile)
+        self._free.append(tile)
+        tile.wait()
+
+
+def _settle(ticket: Ticket) -> None:
+    """Wait for a request whose outcome no longer matters."""
+    try:
+        ticket.wait()
+    except OSError:
+        pass

@@ -1,0 +1,220 @@
+"""The user's optimizer object, with a step of ours.
+
+Note [Binding]
+~~~~~~~~~~~~~~
+The object stays: schedulers hold it, and its ``param_groups`` are the only source of hyper-parameters. Its class becomes a
+subclass of its own class whose ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict`` go to the engine. (A method
+put on the instance would not be seen by Lightning, which makes another subclass of the object's class; and a scheduler has
+put a wrapper of the old ``step`` on the instance, which has to go.)
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_zinf.ops import AdamHyper, squared_norm
+from lightning_zinf.optim.update import Update, check_optimizer, clip_coefficient, hyper_of
+
+if TYPE_CHECKING:
+    from lightning_zinf.engine.buffer import FlatBuffer
+    from lightning_zinf.engine.engine import Engine
+
+_BINDINGS: weakref.WeakKeyDictionary[torch.optim.Optimizer, OptimizerBinding] = weakref.WeakKeyDictionary()
+
+
+class OptimizerBinding:
+    """What the engine does for one optimizer.
+
+    Args:
+        optimizer: An Adam or AdamW over parameters of the engine's model.
+        engine: The engine.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
+        check_optimizer(optimizer)
+        self.engine = engine
+        self.grad_scale = 1.0
+        self.clip_value: float | None = None
+        self._optimizer = weakref.ref(optimizer)
+        for group in optimizer.param_groups:
+            self.adopt_group(group)
+        _swap_class(optimizer)
+        _BINDINGS[optimizer] = self
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The user's optimizer."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    def adopt_group(self, group: dict[str, Any]) -> None:
+        """Make sure that every parameter of a param group has moments.
+
+        Raises:
+            ValueError: If a parameter is not the model's, or of a dtype that cannot be trained.
+        """
+        for param in group["params"]:
+            found = self.engine.unit_of(param)
+            if found is None:
+                raise ValueError(
+                    f"the optimizer has a parameter of shape {tuple(param.shape)} and dtype {param.dtype} that the zinf "
+                    "strategy does not manage: it takes float32 and bfloat16 parameters of the LightningModule"
+                )
+            found[1].need_moments()
+
+    def _by_buffer(self) -> Iterator[tuple[FlatBuffer, dict[int, dict[str, Any]]]]:
+        """Yield each buffer with the param group of each of its parameters that this optimizer has."""
+        buffers: dict[int, tuple[FlatBuffer, dict[int, dict[str, Any]]]] = {}
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                found = self.engine.unit_of(param)
+                assert found is not None, "an unmanaged parameter passed adopt_group"
+                _, buffer, index = found
+                buffers.setdefault(id(buffer), (buffer, {}))[1][index] = group
+        yield from buffers.values()
+
+    # ------------------------------------------------------------------ clipping
+
+    def grads(self) -> list[Tensor]:
+        """Return every gradient of this optimizer's parameters, unscaled and unclipped."""
+        return [
+            grad
+            for buffer, groups in self._by_buffer()
+            for _, grad in buffer.gradients.collect(groups, keep=True)
+        ]
+
+    def grad_norm(self) -> float:
+        """Return the 2-norm of all gradients as one vector; the squares are summed in float64."""
+        total, _finite = squared_norm(self.grads())
+        return float(total**0.5)
+
+    def clip_by_norm(self, max_norm: float) -> float:
+        """Scale the gradients of the coming step so that their norm is at most ``max_norm``; return the norm before."""
+        norm = self.grad_norm()
+        self.grad_scale = clip_coefficient(max_norm, norm)
+        return norm
+
+    def clip_by_value(self, value: float) -> None:
+        """Clamp the gradients of the coming step to ``[-value, value]``."""
+        self.clip_value = float(value)
+
+    # ------------------------------------------------------------------ the step
+
+    def step(self) -> None:
+        """Take one optimizer step, now or just in time."""
+        kind = type(self.optimizer)
+        scale, clip_value = self.grad_scale, self.clip_value
+        self.grad_scale, self.clip_value = 1.0, None
+        hypers: dict[tuple[int, int], AdamHyper] = {}
+        for buffer, groups in self._by_buffer():
+            grads = buffer.gradients.collect(groups, keep=not buffer.deferred)
+            if not grads:
+                continue
+            update = Update(grad_scale=scale, clip_value=clip_value)
+            for index, grad in grads:
+                buffer.steps[index] += 1
+                key = (id(groups[index]), buffer.steps[index])
+                if key not in hypers:
+                    hypers[key] = hyper_of(groups[index], buffer.steps[index], kind)
+                update.add(index, grad, hypers[key])
+            self.engine.update(buffer, update)
+        if self.engine.has_pending:
+            self.engine.prefetch_next_step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of this optimizer's parameters."""
+        for buffer, groups in self._by_buffer():
+            buffer.gradients.clear(groups)
+
+
+def binding_of(optimizer: torch.optim.Optimizer) -> OptimizerBinding:
+    """Return the binding of an optimizer (or of Lightning's wrapper of it).
+
+    Raises:
+        ValueError: If it was never bound.
+    """
+    inner = getattr(optimizer, "_optimizer", optimizer)
+    try:
+        return _BINDINGS[inner]
+    except KeyError:
+        raise ValueError(
+            f"{type(inner).__name__} is not bound to the zinf strategy: return it from configure_optimizers"
+        ) from None
+
+
+def _step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    self._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks for
+    binding_of(self).step()
+    return loss
+
+
+def _zero_grad(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+    binding_of(self).zero_grad()
+
+
+def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
+    self._zinf_base.add_param_group(self, param_group)
+    binding = _BINDINGS.get(self)
+    if binding is not None:
+        binding.adopt_group(self.param_groups[-1])
+
+
+def _state_dict(self: torch.optim.Optimizer) -> dict[str, Any]:
+    from lightning_zinf.checkpoint.full import optimizer_state_dict
+
+    return optimizer_state_dict(binding_of(self))
+
+
+def _load_state_dict(self: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    from lightning_zinf.checkpoint.full import load_optimizer_state_dict
+
+    load_optimizer_state_dict(binding_of(self), state_dict)
+
+
+@functools.cache
+def _bound_class(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    step: Any = torch.optim.Optimizer.profile_hook_step(_step)  # the user's step hooks keep running
+    step.hooked = True
+    step._wrapped_by_lr_sched = True
+    body = {
+        "step": step,
+        "zero_grad": _zero_grad,
+        "add_param_group": _add_param_group,
+        "state_dict": _state_dict,
+        "load_state_dict": _load_state_dict,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "_zinf_base": cls,
+    }
+    return type(cls.__name__, (cls,), body)
+
+
+def _swap_class(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.__dict__.pop("step", None)
+    cls = type(optimizer)
+    if not hasattr(cls, "_zinf_base"):
+        optimizer.__class__ = _bound_class(cls)
+
+
+def unbind(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer its own methods back."""
+    _BINDINGS.pop(optimizer, None)
+    base = getattr(type(optimizer), "_zinf_base", None)
+    if base is not None:
+        optimizer.__class__ = base
+
+
+def owned_params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of an optimizer in the order of torch's state dict."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,177 @@
+"""Paged parameters: touch a released parameter and it comes.
+
+Note [Paged parameters]
+~~~~~~~~~~~~~~~~~~~~~~~
+The user's own ``nn.Parameter`` object stays for ever; optimizers, hooks, tied modules and closures that hold it keep
+holding the right thing. Two things change when its unit is released:
+
+- its ``__class__`` becomes a subclass (made once per original class) whose ``__torch_function__`` answers questions of
+  metadata at once and turns every other use into a *fault*: the engine makes the unit resident, which restores the
+  class, and the same call runs again with the same arguments;
+- its ``data`` becomes a stand-in, one NaN expanded to the full shape, so code that goes around torch functions reads
+  NaN and never freed or foreign memory.
+
+A resident parameter is a plain ``nn.Parameter`` that views a flat buffer, at no cost to compute.
+
+The owner of a parameter is kept in a table outside ``p.__dict__``, else ``deepcopy`` and ``pickle`` would drag the engine
+along. What the user sees is the *master* weight: its dtype is reported while the parameter is released, and an access
+outside of a training step materialises it, also where compute uses bfloat16.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+_NAMES_OF_GETTERS = (
+    "shape ndim requires_grad is_leaf layout grad grad_fn is_meta _version _backward_hooks is_sparse is_quantized "
+    "is_mkldnn is_nested is_xla is_mps name names retains_grad output_nr"
+).split()
+_NAMES_OF_METHODS = (
+    "size dim numel nelement is_contiguous is_complex requires_grad_ register_hook "
+    "register_post_accumulate_grad_hook __len__ ndimension"
+).split()
+# torch 2.13 dropped some of these (named tensors), hence hasattr; getters are compared with ==, since
+# T.device.__get__ is a new wrapper object each time.
+_METADATA: set[Any] = {getattr(Tensor, n).__get__ for n in _NAMES_OF_GETTERS if hasattr(Tensor, n)}
+_METADATA |= {getattr(Tensor, n) for n in _NAMES_OF_METHODS if hasattr(Tensor, n)}
+_METADATA |= {Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.grad.__delete__, torch.is_complex, torch.numel}
+
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
+_FLOATING = (Tensor.is_floating_point, torch.is_floating_point)
+
+
+class Owner(Protocol):
+    """What a released parameter needs of the buffer that owns it."""
+
+    view_dtype: torch.dtype
+    device: torch.device
+
+    def fault(self, owners: list[Owner]) -> None:
+        """Make every buffer of ``owners`` resident."""
+
+
+_OWNERS: dict[int, tuple[Owner, int, weakref.ref[Tensor]]] = {}
+
+
+def adopt(parameter: nn.Parameter, owner: Owner, index: int) -> None:
+    """Record that ``parameter`` is number ``index`` of ``owner``."""
+    key = id(parameter)
+    _OWNERS[key] = (owner, index, weakref.ref(parameter, lambda _ref: _OWNERS.pop(key, None)))
+
+
+def disown(parameter: nn.Parameter) -> None:
+    """Forget the owner of ``parameter``."""
+    _OWNERS.pop(id(parameter), None)
+
+
+def owner_of(parameter: object) -> tuple[Any, int] | None:
+    """Return ``(owner, index)`` of a managed parameter, or None for any other object."""
+    entry = _OWNERS.get(id(parameter))
+    return None if entry is None else (entry[0], entry[1])
+
+
+def _bare(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+class Released:
+    """Mix-in of the class that a parameter has while its unit is released."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return _bare(func, args, kwargs)
+        if args and isinstance(args[0], Released):
+            answered, answer = _described(func, args, kwargs)
+            if answered:
+                return answer
+        _fault(tree_flatten((args, kwargs))[0])
+        out = func(*args, **kwargs)
+        if func == Tensor.detach and type(args[0]) is not Tensor and isinstance(out, Tensor):
+            # nn.Parameter(p) insists that detach() keeps the type.
+            return torch.Tensor._make_subclass(type(args[0]), out, False)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Parameter.__deepcopy__ calls type(self)(...) before anything faults: make it resident first.
+        _fault([self])
+        return self.__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _fault([self])
+        return self.__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:  # type: ignore[explicit-override,unused-ignore]
+        shape, dtype = tuple(self.shape), self.dtype  # type: ignore[attr-defined]
+        return f"ReleasedParameter(shape={shape}, dtype={dtype}) # offloaded; any use brings it back"
+
+
+def _described(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
+    """Answer what depends on dtype, device or strides, as the resident master weight would."""
+    entry = owner_of(args[0])
+    if entry is None:
+        return False, None
+    owner = entry[0]
+    if func == _DTYPE:
+        return True, owner.view_dtype
+    if func == _DEVICE:
+        return True, owner.device
+    if func in _FLOATING:
+        return True, owner.view_dtype.is_floating_point
+    if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+        return True, owner.device.type == "cuda"
+    if func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
+        return True, owner.device.type == "cpu"
+    if func == Tensor.get_device:
+        return True, -1 if owner.device.index is None else owner.device.index
+    if func in (Tensor.element_size, Tensor.itemsize.__get__):  # type: ignore[attr-defined]
+        return True, owner.view_dtype.itemsize
+    if func == Tensor.nbytes.__get__:  # type: ignore[attr-defined]
+        return True, owner.view_dtype.itemsize * _bare(Tensor.numel, args[:1], {})
+    if func == Tensor.stride:
+        meta = torch.empty(_bare(Tensor.size, args[:1], {}), device="meta")
+        return True, meta.stride(*args[1:], **kwargs)
+    return False, None
+
+
+def _fault(leaves: Iterable[object]) -> None:
+    owners: list[Owner] = []
+    for leaf in leaves:
+        if isinstance(leaf, Released):
+            entry = owner_of(leaf)
+            if entry is None:  # its engine was closed by an earlier fault of this very call
+                continue
+            if entry[0] not in owners:
+                owners.append(entry[0])
+    if owners:
+        owners[0].fault(owners)
+
+
+@functools.cache
+def released_class(cls: type) -> type:
+    """Return the class that a parameter of class ``cls`` has while released."""
+    return type("Released" + cls.__name__, (Released, cls), {"__module__": __name__})
+
+
+def original_class(parameter: nn.Parameter) -> type:
+    """Return the class that ``parameter`` has while it is resident."""
+    cls = type(parameter)
+    return cls.__mro__[2] if issubclass(cls, Released) else cls
+
+
+def stand_in(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what a released parameter's data is: one NaN element expanded to ``shape``."""
+    value = float("nan") if dtype.is_floating_point else 0
+    return torch.full((), value, dtype=dtype, device=device).expand(tuple(shape))
