@@ -76,8 +76,8 @@ format: $(VENV)/.installed  ## Rewrite the files in the style that `make lint` c
 	$(BIN)/python -m ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(VENV)/.installed  ## Run the benchmarks; results go to benchmarks/results
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.installed  ## Run the benchmarks, one after another; each has more options, see its --help
+	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:  ## Remove what was built, and the caches of the tools
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv/.installed
