@@ -79,6 +79,15 @@ def test_tensorboard_has_the_curves(trained: tuple[Path, str]) -> None:
     assert {"train/loss", "val/loss", "val/perplexity", "lr-AdamW/pg1", "lr-AdamW/pg2"} <= set(scalars)
     for (_, perplexity), (_, loss) in zip(scalars["val/perplexity"], scalars["val/loss"], strict=True):
         assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+    assert {
+        "zinf/nvme_read_bytes_per_step",
+        "zinf/nvme_write_bytes_per_step",
+        "zinf/stall_seconds_per_step",
+        "zinf/resident_bytes/nvme",
+    } <= set(scalars)
+    # The state is on disk, so every step moves it both ways.
+    for tag in ("zinf/nvme_read_bytes_per_step", "zinf/nvme_write_bytes_per_step", "zinf/resident_bytes/nvme"):
+        assert all(value > 0 for _, value in scalars[tag]), tag
     # The cosine ends near a tenth of the highest rate.
     assert scalars["lr-AdamW/pg1"][-1][1] < 0.2 * 1e-2
 
