@@ -1,0 +1,77 @@
+"""What we need of Lightning that is private, or that exists once for each of its two packages.
+
+``lightning.pytorch`` and ``pytorch_lightning`` are textual mirrors with classes of their own. Everything here takes the
+package's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def part(package: str, name: str) -> Any:
+    """Return the submodule ``name`` of a Lightning package."""
+    return importlib.import_module(f"{package}.{name}")
+
+
+def is_mock(package: str, optimizer: object) -> bool:
+    """Whether an optimizer stands for ``configure_optimizers`` having returned None."""
+    return isinstance(optimizer, part(package, "core.optimizer")._MockOptimizer)
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the user's optimizer that a LightningOptimizer may wrap."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "_optimizer", optimizer)
+    return inner
+
+
+def instances_of(package: str, callbacks: Iterable[object], names: Iterable[str]) -> list[str]:
+    """Return the class names of those callbacks that are one of Lightning's named callbacks."""
+    module = part(package, "callbacks")
+    kinds = tuple(kind for name in names if (kind := getattr(module, name, None)) is not None)
+    return [type(callback).__name__ for callback in callbacks if isinstance(callback, kinds)]
+
+
+def keep_samplers(trainer: Any) -> None:
+    """Let one process train on the batches that it would have without a strategy.
+
+    A Trainer whose strategy may be distributed swaps the sampler of every DataLoader for a DistributedSampler, which
+    shuffles training data whether the user asked for it or not.
+    """
+    trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def move_all_but_parameters(root: nn.Module, device: torch.device) -> None:
+    """Move buffers and torchmetrics, but no parameter, to ``device``.
+
+    ``root.to(device)`` would materialise every paged parameter.
+    """
+    from torchmetrics import Metric
+
+    moved: dict[int, torch.Tensor] = {}
+    for module in root.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
+    for module in root.modules():
+        if isinstance(module, Metric):
+            with _parameters_hidden(module):
+                module.to(device)
+
+
+@contextmanager
+def _parameters_hidden(root: nn.Module) -> Iterator[None]:
+    hidden = [(module, module._parameters) for module in root.modules() if module._parameters]
+    for module, _ in hidden:
+        module._parameters = {}
+    try:
+        yield
+    finally:
+        for module, parameters in hidden:
+            module._parameters = parameters

@@ -1,0 +1,382 @@
+"""The strategy: Lightning's calls, turned into the engine's.
+
+``lightning_zinf.lightning`` and ``lightning_zinf.pl`` make a class of this body for each of Lightning's two packages.
+It does no tensor arithmetic, and keeps no state that the engine has: a module's engine outlives the Trainer, so that
+``fit`` then ``test`` then ``save_checkpoint``, with one Trainer or several, work on the same weights.
+"""
+
+# No `from __future__ import annotations`: LightningCLI reads the annotations of the constructor.
+import math
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_zinf import _compat, ops
+from lightning_zinf import precision as precisions
+from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict
+from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, check_offload
+from lightning_zinf.engine.engine import Engine
+from lightning_zinf.engine.partition import PartitionConfig, default_nvme_path, describe, engine_of, partition
+from lightning_zinf.optim.binding import binding_of
+from lightning_zinf.optimizers import bind_all, states_to_keep
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy as _Base
+else:
+    _Base = object
+
+REFUSED_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging")
+"""They average deep copies of the module, which would read every offloaded weight at every step."""
+
+
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a lightning_zinf.{kind.__name__}, got {value!r}")
+
+
+class ZinfStrategyBody(_Base):
+    """ZeRO-Infinity: trains models larger than the accelerator's memory, unchanged.
+
+    Parameters, gradients and optimizer state live on the device, in host memory or on NVMe, wherever there is room, and
+    come when they are used. Use it as ``Trainer(strategy="zinf")``, or as an object to set options.
+
+    Args:
+        stage: What is partitioned: 1 optimizer state, 2 also gradients, 3 also weights. Stages 1 and 2 keep the weights
+            on the device.
+        offload_params: Where weights rest. ``auto`` takes the fastest tier with room, ``none`` the device, ``cpu`` host
+            memory, ``nvme`` files below ``nvme_path``. Stages 1 and 2 take ``auto`` for ``none``.
+        offload_optimizer: Where optimizer state rests, with the same choices.
+        nvme_path: Folder on a fast local disk. By default the environment variable ZINF_NVME_PATH, else ``zinf_nvme``
+            in the Trainer's ``default_root_dir``.
+        units: Class names of modules whose parameters are gathered and released together. By default the repeated
+            blocks of the model.
+        memory: Budgets for memory that weights and state pass through.
+        overlap: What runs ahead of the computation.
+        io: How files are read and written.
+        process_group_backend: Backend of torch.distributed. This version trains with one process and makes no process
+            group, so it has no effect.
+        timeout: Longest time that a collective may take. No effect with one process.
+        debug: Print what moved, and how long the computation waited for it, at the end of every run.
+
+    Raises:
+        ValueError: If an option has a value that it cannot have, or that goes against another one.
+    """
+
+    strategy_name = "zinf"
+    package: str
+
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3] = 3,
+        offload_params: Offload = "auto",
+        offload_optimizer: Offload = "auto",
+        nvme_path: str | None = None,
+        units: list[str] | None = None,
+        memory: MemoryConfig = MemoryConfig(),  # noqa: B008  # frozen, and LightningCLI shows its fields
+        overlap: OverlapConfig = OverlapConfig(),  # noqa: B008
+        io: IOConfig = IOConfig(),  # noqa: B008
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=30),
+        debug: bool = False,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        if stage not in (1, 2, 3) or isinstance(stage, bool):
+            raise ValueError(f"stage must be 1, 2 or 3, got {stage!r}")
+        check_offload("offload_params", offload_params)
+        check_offload("offload_optimizer", offload_optimizer)
+        if stage < 3 and offload_params in ("cpu", "nvme"):
+            raise ValueError(
+                f"offload_params={offload_params!r} needs stage=3: stages 1 and 2 keep weights on the device"
+            )
+        _check_kind("memory", memory, MemoryConfig)
+        _check_kind("overlap", overlap, OverlapConfig)
+        _check_kind("io", io, IOConfig)
+        if isinstance(units, str) or not all(isinstance(unit, str) for unit in units or ()):
+            raise ValueError(f"units must be a list of class names, got {units!r}")
+        self.stage = stage
+        self.offload_params: Offload = offload_params
+        self.offload_optimizer: Offload = offload_optimizer
+        self.nvme_path = nvme_path
+        self.units = units
+        self.memory = memory
+        self.overlap = overlap
+        self.io = io
+        self.debug = debug
+
+    @classmethod
+    def precision_class(cls) -> Any:
+        """Return the precision plugin for the same Lightning package."""
+        raise NotImplementedError
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Register the presets, and not those of the base class."""
+        import lightning_zinf_boot
+
+        lightning_zinf_boot.register(strategy_registry, cls.__module__)
+
+    # ------------------------------------------------------------------ for users
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the module.
+
+        Raises:
+            RuntimeError: If there is none yet.
+        """
+        engine = self._engine
+        if engine is None:
+            raise RuntimeError("the zinf strategy has set up no module yet: its engine is there from on_fit_start on")
+        return engine
+
+    @property
+    def _engine(self) -> Engine | None:
+        # Asked for each time: another Trainer with other options may have partitioned the module anew.
+        return None if self.lightning_module is None else engine_of(self.lightning_module)
+
+    def grad_norm(self, optimizer: Any | None = None) -> float:
+        """Return the 2-norm of the gradients as they are now, before clipping.
+
+        ``torch.nn.utils.clip_grad_norm_`` and ``lightning.pytorch.utilities.grad_norm`` see only gradients that rest in
+        ``p.grad``; this sees all of them. Call it in ``on_before_optimizer_step``.
+
+        Args:
+            optimizer: Whose parameters; all optimizers by default.
+        """
+        optimizers = self.optimizers if optimizer is None else [optimizer]
+        return math.sqrt(sum(binding_of(o).grad_norm() ** 2 for o in optimizers))
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Return the module's state dict with every weight whole, as float32 masters on the CPU."""
+        return full_state_dict(self.engine)
+
+    # ------------------------------------------------------------------ processes: one, with no process group
+
+    def _configure_launcher(self) -> None:
+        # Called when the Trainer is built, once devices and nodes are known.
+        asked = max(self.world_size, self.num_nodes * self.num_processes)
+        if asked > 1:
+            raise ValueError(
+                f"ZeRO over several ranks is not in this version of the zinf strategy, but {asked} processes were "
+                "asked for: pass Trainer(devices=1, num_nodes=1)"
+            )
+        self._launcher = None  # nothing to launch, so a notebook will do
+
+    def setup_distributed(self) -> None:
+        """Set the ranks; one process needs no process group."""
+        self.set_world_ranks()
+
+    def setup_environment(self) -> None:
+        """Refuse what cannot work before anything is copied or built for it."""
+        if self.lightning_module is not None:
+            trainer = self.lightning_module.trainer
+            self._refuse_callbacks(trainer)
+            _compat.keep_samplers(trainer)
+        super().setup_environment()
+
+    def _refuse_callbacks(self, trainer: "Trainer") -> None:
+        found = _compat.instances_of(self.package, trainer.callbacks, REFUSED_CALLBACKS)  # type: ignore[attr-defined]
+        if found:
+            raise ValueError(
+                f"the zinf strategy does not support {' and '.join(found)}: it averages whole copies of the module, "
+                "which are not offloaded. Remove the callback, or train with another strategy"
+            )
+
+    # ------------------------------------------------------------------ setup
+
+    @property
+    def precision_plugin(self) -> Any:
+        """The precision plugin, which is always ours."""
+        if self._precision_plugin is None:
+            self._precision_plugin = self.precision_class()("32-true", self)
+        return self._precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Any | None) -> None:
+        self._precision_plugin = None if plugin is None else precisions.replace(plugin, self)
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:  # type: ignore[override,unused-ignore]
+        """Create tensors in host memory: the engine moves what belongs on the device."""
+        with super().tensor_init_context(empty_init), torch.device("cpu"):
+            yield
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:  # type: ignore[override,unused-ignore]
+        """Page parameters as ``configure_model`` makes them."""
+        with self._construction():
+            yield
+
+    def _construction(self) -> AbstractContextManager[Any]:
+        name = "lightning_zinf.engine.construction"
+        if find_spec(name) is None:  # not in this version: the module is built in host memory, and partitioned later
+            return nullcontext()
+        context: AbstractContextManager[Any] = import_module(name).paged_construction(self._partition_config())
+        return context
+
+    def setup(self, trainer: "Trainer") -> None:
+        """Partition the module, and bind its optimizers to the engine."""
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        ops.set_num_threads(torch.get_num_threads())
+        # One process has no other to synchronise BatchNorm with, so Trainer(sync_batchnorm=True) needs nothing here.
+        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        self.model_to_device()
+        fitting = trainer.state.fn == "fit"
+        if fitting:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+        self._partition(self.lightning_module, bind=fitting)
+        self.setup_precision_plugin()
+        if fitting:
+            self._announce()
+
+    def model_to_device(self) -> None:
+        """Move buffers and metrics; the engine moves the parameters."""
+        assert self.model is not None
+        _compat.move_all_but_parameters(self.model, self.root_device)
+
+    def _partition(self, module: "LightningModule", *, bind: bool) -> None:
+        config = self._partition_config()
+        engine = engine_of(module)
+        reusable = engine is not None and self._equal(engine.config, config)
+        optimizers = [o for o in map(_compat.unwrapped, self._optimizers) if not _compat.is_mock(self.package, o)]
+        kept = states_to_keep(optimizers, engine if reusable else None) if bind else []
+        if not reusable:
+            if engine is not None:
+                engine.dissolve()
+            trained = [p for o in optimizers for group in o.param_groups for p in group["params"]] if bind else []
+            engine = partition(module, config, trained)
+        if bind:
+            assert engine is not None
+            bind_all(optimizers, engine, kept)
+            self.optimizers = self._optimizers  # so that Lightning wraps them as the classes that we made them
+
+    def _equal(self, old: PartitionConfig, new: PartitionConfig) -> bool:
+        if self.nvme_path is None:  # another Trainer's default folder is as good
+            new = replace(new, nvme_path=old.nvme_path)
+        return old == new
+
+    def _partition_config(self) -> PartitionConfig:
+        assert self.lightning_module is not None
+        root = self.lightning_module.trainer.default_root_dir
+        return PartitionConfig(
+            device=self.root_device,
+            precision=self.precision_plugin.precision,
+            offload_params=self.offload_params if self.stage == 3 else "none",
+            offload_optimizer=self.offload_optimizer,
+            nvme_path=default_nvme_path(self.nvme_path, os.getcwd() if "://" in root else root),
+            units=tuple(self.units or ()),
+            memory=self.memory,
+            overlap=self.overlap,
+            io=self.io,
+        )
+
+    def _announce(self) -> None:
+        engine = self.engine
+        rank_zero_info(
+            f"zinf: stage {self.stage}, {self.precision_plugin.precision}, {len(engine.units)} units; "
+            f"weights on {engine.placement.params}, optimizer state on {engine.placement.optimizer}"
+            + (f", NVMe files in {engine.config.nvme_path}" if engine.context.has_nvme else "")
+            + f"\n{describe(engine)}"
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's training step."""
+        with self.engine.frame("train") as outputs:
+            outputs.append(super().training_step(*args, **kwargs))
+        return outputs[-1]
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's validation step."""
+        with self.engine.frame("validate") as outputs:
+            outputs.append(super().validation_step(*args, **kwargs))
+        return outputs[-1]
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's test step."""
+        with self.engine.frame("test") as outputs:
+            outputs.append(super().test_step(*args, **kwargs))
+        return outputs[-1]
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's predict step."""
+        with self.engine.frame("predict") as outputs:
+            outputs.append(super().predict_step(*args, **kwargs))
+        return outputs[-1]
+
+    # ------------------------------------------------------------------ checkpoints: one file, as torch has it
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Load into the partitioned module."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the whole state dict on rank 0."""
+        if self._engine is None:
+            return super().lightning_module_state_dict()
+        return self.full_state_dict() if self.is_global_zero else {}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint of this or another strategy."""
+        try:
+            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        except pickle.UnpicklingError as error:
+            # The Trainer does not pass its weights_only argument on to strategies that load after setup.
+            raise pickle.UnpicklingError(
+                f"{error}\nIf you trust {checkpoint_path}, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment; "
+                "Trainer.fit(..., weights_only=False) does not reach the strategy"
+            ) from error
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights unit by unit."""
+        if self._engine is None:
+            super().load_model_state_dict(checkpoint, strict=strict)
+        else:
+            load_full_state_dict(self._engine, checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the optimizers' states to where they live."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
+    # ------------------------------------------------------------------ the end
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Get the engine ready for whatever comes next."""
+        if self._engine is not None:
+            self._engine.reset()
+
+    def teardown(self) -> None:
+        """Finish what is under way.
+
+        The module stays partitioned: its weights and its optimizer state stay where they are, so that using and saving
+        it after ``fit`` works. The base class would move all of it to the CPU.
+        """
+        engine = self._engine
+        if engine is not None:
+            engine.flush()
+            if self.debug:
+                counted = "\n".join(f"  {name:<22}  {value:,.6g}" for name, value in engine.counters.snapshot().items())
+                rank_zero_info(f"zinf counters:\n{counted}")
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
