@@ -75,7 +75,10 @@ class FlatBuffer:
         self.bound: Literal["new", "none", "compute", "master"] = "new"
         self.gradients = Gradients(self)
         self._master: Tensor | None = None
-        for index, param in enumerate(params):
+
+    def adopt(self) -> None:
+        """Become the owner of the parameters: from here on, their uses while released come here."""
+        for index, param in enumerate(self.params):
             paging.adopt(param, self, index)
 
     def __repr__(self) -> str:
@@ -171,6 +174,14 @@ class FlatBuffer:
                 param.__class__ = paging.released_class(cls)
             self.bound = "none"
         self.weights.leave()
+
+    def let_go(self, values: Sequence[Tensor]) -> None:
+        """Give the parameters tensors of their own, and forget them."""
+        for param, cls, value in zip(self.params, self.classes, values, strict=True):
+            param.__class__ = cls
+            param.data = value
+            paging.disown(param)
+        self.bound = "none"
 
     def views_of(self, flat: Tensor) -> list[Tensor]:
         """Cut a flat tensor into one view per parameter."""

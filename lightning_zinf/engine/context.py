@@ -38,7 +38,8 @@ class EngineContext:
         self.optimizer_tier = optimizer_tier
         self.counters = counters
         self.aliased = device.type == "cpu" if aliased is None else aliased
-        self.fault: Callable[[list[Any]], None] = lambda owners: None
+        self.fault: Callable[[list[Any]], None] = _nobody
+        self.retire: Callable[[Any], None] = _nobody
         self._ring: SlotRing | None = None
         self._staging: SlotRing | None = None
         self._tiles: TileRing | None = None
@@ -187,6 +188,10 @@ class EngineContext:
         if self._copy_stream is not None:
             slot.event = torch.cuda.Event()
             slot.event.record(torch.cuda.current_stream(self.device))
+
+
+def _nobody(_: Any) -> None:
+    raise RuntimeError("this parameter belongs to another engine: call its dissolve() before partitioning again")
 
 
 @dataclass

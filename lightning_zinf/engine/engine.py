@@ -27,7 +27,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from lightning_zinf.engine.units import Unit, UnitState
 from lightning_zinf.memory.placement import Placement
 from lightning_zinf.optim.update import Update
 from lightning_zinf.parameters import owner_of
+
+if TYPE_CHECKING:
+    from lightning_zinf.engine.partition import PartitionConfig
 
 MAX_HOST_UNITS = 2
 """Units that code outside of a training step keeps in memory at once, unless it holds on to more."""
@@ -83,6 +86,7 @@ class Engine:
         self._needs: dict[nn.Module, list[Unit]] = {}
         self.has_pending = False
         self.placement: Placement
+        self.config: PartitionConfig
         self._frames: list[Frame] = []
         self._held: dict[Unit, None] = {}  # resident or loading, least recently needed first
         self._host: list[Unit] = []  # HOST, least recently needed first
@@ -478,6 +482,27 @@ class Engine:
                     pass
         self.has_pending = False
         self.context.drain()
+
+    def release_host(self) -> None:
+        """Take in what code outside of a step did to parameters, and release them."""
+        self._flush_host()
+
+    def dissolve(self) -> None:
+        """Turn every parameter back into an ordinary tensor with the master's value, and give all memory back.
+
+        Optimizer state is lost. The model must fit into the accelerator's memory.
+        """
+        self.flush()
+        for handle in self._handles:
+            handle.remove()
+        for unit in self.units:
+            with self.loaded(unit), torch.inference_mode(False), torch.no_grad():
+                values = [
+                    [v.to(b.view_dtype, copy=True) for v in b.views_of(b.read_master())] for b in unit.buffers
+                ]
+            for buffer, tensors in zip(unit.buffers, values, strict=True):
+                buffer.let_go(tensors)
+        self.context.close()
 
     def unit_of(self, param: nn.Parameter) -> tuple[Unit, FlatBuffer, int] | None:
         """Return where a parameter lives, or None if this engine does not manage it."""

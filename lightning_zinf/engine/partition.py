@@ -78,6 +78,13 @@ def engines_of(params: Iterable[nn.Parameter]) -> list[Engine]:
     return [engine for engine in _ENGINES.values() if any(engine.unit_of(p) for p in wanted)]
 
 
+def forget(root: nn.Module) -> None:
+    """Dissolve a model's engine, if it has one."""
+    engine = _ENGINES.pop(root, None)
+    if engine is not None:
+        engine.dissolve()
+
+
 def partition(root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Parameter] = ()) -> Engine:
     """Hand a model's parameters to an engine.
 
@@ -128,7 +135,9 @@ def check_parameters(root: nn.Module, trained: Collection[int]) -> None:
     for name, param in root.named_parameters():
         if isinstance(param, nn.parameter.UninitializedTensorMixin):
             raise ValueError(f"parameter {name!r} is lazy and has no shape yet: run one forward before training")
-        kind = type(param.data) if not isinstance(param, paging.Released) else Tensor
+        if isinstance(param, paging.Released):  # built under paged_construction
+            continue
+        kind = type(param.data)
         if kind not in (Tensor, nn.Parameter):
             raise ValueError(
                 f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: the zinf strategy partitions plain tensors "
@@ -279,13 +288,16 @@ class _Builder:
         return buffer
 
     def _take_values(self, buffer: FlatBuffer) -> Tensor:
-        """Copy the parameters' values into one flat tensor of the user's dtype."""
+        """Move the parameters' values into one flat tensor of the user's dtype: from here on it is the only copy."""
         flat = torch.zeros(buffer.layout.padded_numel, dtype=buffer.view_dtype)
         with torch.no_grad():
             for param, view in zip(buffer.params, buffer.views_of(flat), strict=True):
                 view.copy_(param.data)
-                # Gone from here on: the flat tensor is the only copy.
-                param.data = buffer.stand_ins[0].new_empty(0).to(param.dtype)
+                page = paging.owner_of(param)
+                if page is not None:
+                    page[0].context.retire(page[0])
+                param.data = torch.empty(0, dtype=buffer.view_dtype)
+        buffer.adopt()
         return flat
 
     def _settle(self, buffer: FlatBuffer, values: Tensor) -> None:

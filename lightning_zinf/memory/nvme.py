@@ -37,13 +37,17 @@ class NvmeStore:
         folder: Folder for the files; made if missing.
         io: How to read and write.
         counters: Where bytes are counted.
+        chunk_bytes: Least size of a file that is made because the ones before are full.
 
     Raises:
         OSError: If the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], io: IOConfig, counters: Counters) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], io: IOConfig, counters: Counters, chunk_bytes: int = SHARD_ALIGNMENT
+    ) -> None:
         self.folder = Path(folder)
+        self._chunk_bytes = chunk_bytes
         self._io = io
         self._counters = counters
         self._check_folder()
@@ -82,7 +86,7 @@ class NvmeStore:
         """Return the next extent of ``nbytes``, reserving a file for it if none has room."""
         nbytes = round_up(nbytes, SHARD_ALIGNMENT)
         if not self.files or self._free_from + nbytes > self.files[-1].size:
-            self.reserve(nbytes)
+            self.reserve(max(nbytes, self._chunk_bytes))
         extent = Extent(self.files[-1], self._free_from, nbytes)
         self._free_from += nbytes
         self.allocated_bytes += nbytes

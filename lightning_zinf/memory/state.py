@@ -130,6 +130,11 @@ class NvmeState:
         """Bytes of all planes."""
         return self.bytes_needed(self.numel, self.planes)
 
+    @property
+    def num_tiles(self) -> int:
+        """Number of tiles that the state is cut into."""
+        return len(self._ranges)
+
     def _set_planes(self, planes: tuple[Plane, ...]) -> None:
         self.planes = tuple(p for p in PLANE_DTYPES if p in planes)
         width = sum(PLANE_DTYPES[p].itemsize for p in self.planes)
@@ -149,9 +154,7 @@ class NvmeState:
 
     def prefetch(self) -> None:
         """Start to read as many tiles as the staging ring has room for."""
-        for index in range(len(self._ranges)):
-            if not self._ring.prefetch(self, index):
-                break
+        self._ring.want(self)
 
     def start_read(self, index: int, tile: Tile) -> None:
         """Start to read tile ``index`` into ``tile``."""
@@ -161,11 +164,9 @@ class NvmeState:
 
     def records(self) -> Iterator[Record]:
         """Yield every record in staging, to be updated in place; each is written back when the next is asked for."""
+        self._ring.want(self)
         for index, (start, stop) in enumerate(self._ranges):
             tile = self._ring.take(self, index)
-            for ahead in range(index + 1, len(self._ranges)):
-                if not self._ring.prefetch(self, ahead):
-                    break
             try:
                 with self._counters.timed("stall_read_seconds"):
                     tile.wait()

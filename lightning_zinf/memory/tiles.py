@@ -3,8 +3,8 @@
 Note [Tiles]
 ~~~~~~~~~~~~
 A tile is free, or being read ahead, or in use by the update, or being written back. Tiles are read ahead in the order in
-which the update will want them. If that order turns out different and every tile is taken by reads of somebody else, the
-one that was wanted last is dropped: it is clean, so nothing is lost but a read.
+which the update will want them, one state after the other. If that order turns out different and every tile is taken by
+reads of somebody else, the one that was wanted last is dropped: it is clean, so nothing is lost but a read.
 """
 
 from __future__ import annotations
@@ -55,22 +55,18 @@ class TileRing:
         self._counters = counters
         self._free = [Tile(allocate(tile_numel * width)) for _ in range(count)]
         self._ahead: dict[tuple[int, int], Tile] = {}
+        self._queue: list[tuple[NvmeState, int]] = []
         self._writing: list[Tile] = []
         self.nbytes = count * tile_numel * width
 
-    def prefetch(self, state: NvmeState, index: int) -> bool:
-        """Start to read a tile ahead if one is free; return False if none is."""
-        if (id(state), index) in self._ahead:
-            return True
-        tile = self._get_free(block=False)
-        if tile is None:
-            return False
-        self._start(state, index, tile)
-        self._ahead[(id(state), index)] = tile
-        return True
+    def want(self, state: NvmeState) -> None:
+        """Read the tiles of ``state`` ahead, after those of the states that were wanted before."""
+        if all(wanted is not state for wanted, _ in self._queue) and (id(state), 0) not in self._ahead:
+            self._queue.append((state, 0))
+        self._pump()
 
     def take(self, state: NvmeState, index: int) -> Tile:
-        """Return a tile with the content of ``index`` on its way."""
+        """Return a tile with the content of ``index`` on its way; tiles are taken in order."""
         tile = self._ahead.pop((id(state), index), None)
         if tile is None:
             tile = self._get_free(block=True)
@@ -78,7 +74,27 @@ class TileRing:
                 self.drop(self._ahead.popitem()[1])
                 tile = self._free.pop()
             self._start(state, index, tile)
+            self._queue = [entry for entry in self._queue if entry[0] is not state]
+            self._queue.insert(0, (state, index + 1))
+        self._pump()
         return tile
+
+    def _pump(self) -> None:
+        """Start reads in the order in which they were wanted, while tiles are free."""
+        while self._queue:
+            state, index = self._queue[0]
+            if index >= state.num_tiles:
+                self._queue.pop(0)
+                continue
+            if (id(state), index) in self._ahead:
+                self._queue[0] = (state, index + 1)
+                continue
+            tile = self._get_free(block=False)
+            if tile is None:
+                return
+            self._start(state, index, tile)
+            self._ahead[(id(state), index)] = tile
+            self._queue[0] = (state, index + 1)
 
     def write_back(self, tile: Tile, ticket: Ticket) -> None:
         """Give a tile back whose content is being written by ``ticket``."""
@@ -94,6 +110,7 @@ class TileRing:
 
     def drain(self) -> None:
         """Wait for every write, and forget what was read ahead."""
+        self._queue.clear()
         while self._ahead:
             self.drop(self._ahead.popitem()[1])
         while self._writing:
