@@ -27,8 +27,11 @@ from lightning_zinf import parameters as paging
 from lightning_zinf.config import IOConfig
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
+from lightning_zinf.engine.partition import PartitionConfig
 from lightning_zinf.engine.residence import AliasedWeights
+from lightning_zinf.memory.machine import free_host_bytes
 from lightning_zinf.memory.nvme import NvmeStore
+from lightning_zinf.memory.placement import COMFORT
 from lightning_zinf.memory.slots import SlotRing
 from lightning_zinf.monitor.counters import Counters
 
@@ -126,21 +129,32 @@ class ConstructionPager:
             self.context.close()
 
 
+def construction_budget(config: PartitionConfig) -> int | None:
+    """Return how many bytes of parameters may stay in memory while a model is built, or None for all of them."""
+    if config.offload_params == "nvme":
+        return DEFAULT_BUDGET if config.memory.host_bytes is None else max(config.memory.host_bytes // 2, SMALLEST_PAGE)
+    if config.offload_params == "auto":
+        return int(COMFORT * free_host_bytes())
+    return None
+
+
 @contextmanager
-def paged_construction(
-    folder: str | os.PathLike[str], budget: int = DEFAULT_BUDGET, io: IOConfig | None = None
-) -> Iterator[ConstructionPager]:
-    """Build modules inside; parameters beyond ``budget`` bytes go to files in ``folder``.
+def paged_construction(config: PartitionConfig) -> Iterator[ConstructionPager | None]:
+    """Build modules inside; parameters beyond the budget go to files in ``config.nvme_path``.
+
+    Nothing is written there before the budget is exceeded.
 
     Args:
-        folder: A folder on a local disk. Nothing is made there before the budget is exceeded.
-        budget: Bytes of parameters to keep in memory.
-        io: How to read and write.
+        config: How the model will be partitioned.
 
     Yields:
-        The pager.
+        The pager, or None if all parameters stay in memory.
     """
-    pager = ConstructionPager(folder, budget, io or IOConfig())
+    budget = construction_budget(config)
+    if budget is None:
+        yield None
+        return
+    pager = ConstructionPager(config.nvme_path, budget, config.io)
     handle = register_module_parameter_registration_hook(pager.seen)
     try:
         yield pager
