@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
+import sys
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -131,4 +134,6 @@ class GPTModule(LightningModule):
             sample = self.model.generate(self.prompt.encode(), self.sample_bytes, self.temperature, self.top_k)
             self.print(f"\n{'-' * 32} a sample {'-' * 32}\n{sample.decode(errors='replace')}\n{'-' * 74}")
         if self.trainer.log_dir:
-            self.print(f"Curves: tensorboard --logdir '{self.trainer.log_dir}'")
+            # This interpreter has TensorBoard, whether or not its environment is active.
+            command = [os.path.relpath(sys.executable), "-m", "tensorboard.main", "--logdir", self.trainer.log_dir]
+            self.print(f"Curves: {shlex.join(command)}")
