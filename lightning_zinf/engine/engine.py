@@ -63,6 +63,16 @@ def in_backward() -> bool:
     return int(torch._C._current_graph_task_id()) != -1
 
 
+class _Absent:
+    """What the hooks of an unpickled module lead to: its parameters are ordinary ones."""
+
+    def _pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        pass
+
+    def _post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return output
+
+
 class Engine:
     """Gathers and releases the units of one model.
 
@@ -103,6 +113,14 @@ class Engine:
         self._handles: list[Any] = []
         context.fault = self._on_fault
         self._install_hooks()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        """Stay the one engine: a copied module's hooks lead here, where the copy is unknown."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Leave a stand-in in the pickle of a module, whose hooks do nothing."""
+        return _Absent, ()
 
     # ------------------------------------------------------------------ hooks
 
@@ -148,7 +166,7 @@ class Engine:
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def _pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._frames or in_backward() or not self._any_flips:
+        if module in self._needs and (self._frames or in_backward() or not self._any_flips):
             self._push(module, module)
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
