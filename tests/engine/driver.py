@@ -1,0 +1,206 @@
+"""Drives the engine without Lightning, as the strategy does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from models import Case
+from oracle import Recipe, Result, autocast
+from torch import Tensor, nn
+
+from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig
+from lightning_zinf.engine.engine import Engine
+from lightning_zinf.engine.partition import PartitionConfig, partition
+from lightning_zinf.engine.units import find_units
+from lightning_zinf.layout import FlatLayout
+from lightning_zinf.optim.binding import OptimizerBinding
+
+CPU = torch.device("cpu")
+TILE = 8192
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where things live.
+
+    Attributes:
+        params: Option ``offload_params``.
+        optimizer: Option ``offload_optimizer``.
+        aliased: False runs the code of an accelerator with memory of its own.
+        tight: Give pages the least memory there is.
+        prefetch: Option ``overlap.prefetch``.
+    """
+
+    params: Offload = "none"
+    optimizer: Offload = "none"
+    aliased: bool | None = None
+    tight: bool = False
+    prefetch: bool = True
+
+    def __str__(self) -> str:
+        flags = ["device"] * (self.aliased is False) + ["tight"] * self.tight + ["on-demand"] * (not self.prefetch)
+        return "-".join([self.params, self.optimizer, *flags])
+
+
+def unit_bytes(module: nn.Module, precision: str, units: tuple[str, ...]) -> dict[str, int]:
+    """Return the bytes of gathered weights of each unit: the layout's arithmetic, without the engine's."""
+    found: dict[str, int] = {}
+    whole = {id(p) for m in module.modules() if isinstance(m, BATCH_NORM) for p in m.parameters(recurse=False)}
+    for plan in find_units(module, MemoryConfig().unit_bytes, units):
+        groups: dict[tuple[object, ...], list[nn.Parameter]] = {}
+        for _, param in plan.params:
+            low = param.dtype == torch.bfloat16 or (precision == "bf16-mixed" and id(param) not in whole)
+            groups.setdefault((low, param.dtype, param.requires_grad), []).append(param)
+        found[plan.name] = sum(
+            FlatLayout.build([p.shape for p in params], 2 if key[0] else 4).padded_numel * (2 if key[0] else 4)
+            for key, params in groups.items()
+        )
+    return found
+
+
+def tight_memory(module: nn.Module, precision: str, units: tuple[str, ...]) -> MemoryConfig:
+    """Return about the least memory that pages can do with: the largest unit beside the root's, and two tiles."""
+    sizes = unit_bytes(module, precision, units)
+    least = max(sizes.values()) + (sizes[""] if max(sizes.values()) != sizes[""] else 0)
+    tiles = 2 * TILE * 10
+    return MemoryConfig(host_bytes=max(least + tiles, -(-least * 3 // 2)), device_bytes=least)
+
+
+@dataclass
+class Session:
+    """A paged model with its optimizer."""
+
+    model: nn.Module
+    engine: Engine
+    binding: OptimizerBinding
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    case: Case
+    recipe: Recipe
+    precision: str
+    number: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def forward(self, loss: Callable[[], Tensor] | None = None, kind: str = "train") -> Tensor:
+        """Compute a loss inside of a frame: the next micro-batch's, or what ``loss`` returns."""
+        number = self.number
+        with self.engine.frame(kind) as outputs, autocast(self.precision):
+            if loss is None:
+                result = self.case.loss(self.model, self.case.batch(number), number) / self.recipe.accumulate
+            else:
+                result = loss()
+            outputs.append(result)
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward, with room for the gradients."""
+        self.engine.before_backward()
+        try:
+            loss.backward()
+        finally:
+            self.engine.after_backward()
+
+    def micro_step(self, loss: Callable[[], Tensor] | None = None) -> float:
+        """Forward and backward of a micro-batch."""
+        result = self.forward(loss)
+        self.backward(result)
+        self.number += 1
+        self.losses.append(float(result.detach()))
+        return self.losses[-1]
+
+    def update(self) -> None:
+        """Clip, step the optimizer and the schedule."""
+        if self.recipe.clip_norm is not None:
+            self.binding.clip_by_norm(self.recipe.clip_norm)
+        if self.recipe.clip_value is not None:
+            self.binding.clip_by_value(self.recipe.clip_value)
+        self.optimizer.step()
+        self.schedule.step()
+
+    def step(self) -> None:
+        """One optimizer step over its micro-batches."""
+        self.optimizer.zero_grad()
+        for _ in range(self.recipe.accumulate):
+            self.micro_step()
+        self.update()
+
+    def train(self, steps: int | None = None) -> Session:
+        for _ in range(self.recipe.steps if steps is None else steps):
+            self.step()
+        return self
+
+    def result(self) -> Result:
+        """Read everything back, plane by plane."""
+        engine, result = self.engine, Result(list(self.losses))
+        engine.flush()
+        for unit in engine.units:
+            for buffer in unit.buffers:
+                with engine.loaded(unit):
+                    masters = buffer.views_of(buffer.read_master())
+                for index, name in enumerate(buffer.names):
+                    result.masters[name] = masters[index].clone()
+                    result.counts[name] = buffer.steps[index]
+                if any(buffer.steps):
+                    planes = [buffer.read_plane("exp_avg"), buffer.read_plane("exp_avg_sq")]
+                    views = [buffer.views_of(p.clone()) for p in planes if p is not None]
+                    for index, name in enumerate(buffer.names):
+                        if buffer.steps[index]:
+                            result.moments[name] = (views[0][index], views[1][index])
+        order = [name for name, _ in self.model.named_parameters()]
+        result.masters = {n: result.masters[n] for n in order}
+        return result
+
+
+@contextmanager
+def session(
+    case: Case,
+    folder: Path,
+    where: Where | None = None,
+    precision: str = "32-true",
+    recipe: Recipe | None = None,
+    *,
+    model: nn.Module | None = None,
+    memory: MemoryConfig | None = None,
+    io: IOConfig | None = None,
+) -> Iterator[Session]:
+    """Partition a model of the zoo, and give everything back at the end."""
+    where, recipe = where or Where(), recipe or Recipe()
+    model = case.make() if model is None else model
+    if memory is None:
+        memory = tight_memory(model, precision, case.units) if where.tight else MemoryConfig()
+    config = PartitionConfig(
+        device=CPU,
+        precision=precision,  # type: ignore[arg-type]
+        offload_params=where.params,
+        offload_optimizer=where.optimizer,
+        nvme_path=str(folder / "nvme"),
+        units=case.units,
+        memory=memory,
+        overlap=OverlapConfig(prefetch=where.prefetch),
+        io=io or IOConfig(tile_numel=TILE, threads=2, backend="threads"),
+        aliased=where.aliased,
+    )
+    optimizer = recipe.build(model.parameters())
+    schedule = recipe.schedule(optimizer)
+    engine = partition(model, config, [p for g in optimizer.param_groups for p in g["params"]])
+    try:
+        binding = OptimizerBinding(optimizer, engine)
+        yield Session(model, engine, binding, optimizer, schedule, case, recipe, precision)
+    finally:
+        engine.context.close()
+
+
+def train_paged(
+    case: Case, folder: Path, where: Where, precision: str, recipe: Recipe, memory: MemoryConfig | None = None
+) -> Result:
+    """Train a model of the zoo on the engine."""
+    with session(case, folder, where, precision, recipe, memory=memory) as running:
+        return running.train().result()
+
+
+__all__ = ["CPU", "TILE", "Session", "Where", "replace", "session", "tight_memory", "train_paged", "unit_bytes"]
