@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal, Optional, Union
+from typing import Literal, Union
 
 Offload = Literal["auto", "none", "cpu", "nvme"]
 Tier = Literal["device", "host", "nvme"]
 
 
-def _check_positive(name: str, value: Optional[int]) -> None:
+def _check_positive(name: str, value: int | None) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
         raise ValueError(f"{name} must be a positive whole number of bytes or None, got {value!r}")
 
@@ -35,10 +35,10 @@ class MemoryConfig:
             instead of filling the memory. ``None`` takes half of the free host memory.
     """
 
-    host_bytes: Optional[int] = None
-    device_bytes: Optional[int] = None
+    host_bytes: int | None = None
+    device_bytes: int | None = None
     unit_bytes: int = 16 * 2**20
-    full_read_bytes: Optional[int] = None
+    full_read_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _check_positive("memory.host_bytes", self.host_bytes)

@@ -13,9 +13,9 @@ holding the right thing. Two things change when its unit is released:
 
 A resident parameter is a plain ``nn.Parameter`` that views a flat buffer, at no cost to compute.
 
-The owner of a parameter is kept in a table outside ``p.__dict__``, else ``deepcopy`` and ``pickle`` would drag the engine
-along. What the user sees is the *master* weight: its dtype is reported while the parameter is released, and an access
-outside of a training step materialises it, also where compute uses bfloat16.
+The owner of a parameter is kept in a table outside ``p.__dict__``, else ``deepcopy`` and ``pickle`` would drag the
+engine along. What the user sees is the *master* weight: its dtype is reported while the parameter is released, and an
+access outside of a training step materialises it, also where compute uses bfloat16.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-_NAMES_OF_GETTERS = (
+_NAMES_OF_GETTERS = (  # noqa: SIM905
     "shape ndim requires_grad is_leaf layout grad grad_fn is_meta _version _backward_hooks is_sparse is_quantized "
     "is_mkldnn is_nested is_xla is_mps name names retains_grad output_nr"
 ).split()
-_NAMES_OF_METHODS = (
+_NAMES_OF_METHODS = (  # noqa: SIM905
     "size dim numel nelement is_contiguous is_complex requires_grad_ register_hook "
     "register_post_accumulate_grad_hook __len__ ndimension"
 ).split()
@@ -41,10 +41,12 @@ _NAMES_OF_METHODS = (
 # T.device.__get__ is a new wrapper object each time.
 _METADATA: set[Any] = {getattr(Tensor, n).__get__ for n in _NAMES_OF_GETTERS if hasattr(Tensor, n)}
 _METADATA |= {getattr(Tensor, n) for n in _NAMES_OF_METHODS if hasattr(Tensor, n)}
-_METADATA |= {Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.grad.__delete__, torch.is_complex, torch.numel}
+_TENSOR: Any = Tensor
+_METADATA |= {_TENSOR.requires_grad.__set__, _TENSOR.grad.__set__, _TENSOR.grad.__delete__}
+_METADATA |= {torch.is_complex, torch.numel}
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
-_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
+_DEVICE = Tensor.device.__get__
 _FLOATING = (Tensor.is_floating_point, torch.is_floating_point)
 
 

@@ -10,11 +10,9 @@ import math
 import os
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,6 +23,7 @@ from lightning_zinf import _compat, ops
 from lightning_zinf import precision as precisions
 from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict
 from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, check_offload
+from lightning_zinf.engine.construction import paged_construction
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import PartitionConfig, default_nvme_path, describe, engine_of, partition
 from lightning_zinf.optim.binding import binding_of
@@ -215,15 +214,8 @@ class ZinfStrategyBody(_Base):
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:  # type: ignore[override,unused-ignore]
         """Page parameters as ``configure_model`` makes them."""
-        with self._construction():
+        with paged_construction(self._partition_config()):
             yield
-
-    def _construction(self) -> AbstractContextManager[Any]:
-        name = "lightning_zinf.engine.construction"
-        if find_spec(name) is None:  # not in this version: the module is built in host memory, and partitioned later
-            return nullcontext()
-        context: AbstractContextManager[Any] = import_module(name).paged_construction(self._partition_config())
-        return context
 
     def setup(self, trainer: "Trainer") -> None:
         """Partition the module, and bind its optimizers to the engine."""

@@ -66,8 +66,8 @@ class ZinfMonitorBody(_Base):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, if it is time to and a step was taken since the last time."""
-        every: int = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        due = (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+        # The rule by which Lightning hands logged values to the loggers.
+        due = trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
         if self._engine is None or not due or trainer.global_step == self._last_step:
             return
         metrics = self._metrics(self._engine, trainer.global_step - self._last_step)

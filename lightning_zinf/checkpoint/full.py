@@ -125,8 +125,8 @@ def _load_buffer(buffer: Any, states: Mapping[int, Mapping[str, Any] | None]) ->
                 continue
             if tuple(value.shape) != tuple(view.shape):
                 raise ValueError(
-                    f"optimizer state {moment!r} of parameter {name!r} has shape {tuple(value.shape)}, but the parameter "
-                    f"has shape {tuple(view.shape)}"
+                    f"optimizer state {moment!r} of parameter {name!r} has shape {tuple(value.shape)}, but the "
+                    f"parameter has shape {tuple(view.shape)}"
                 )
             view.copy_(value)
     for moment in _MOMENTS:
@@ -144,8 +144,8 @@ def _check_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]])
     theirs = [len(g["params"]) for g in saved]
     if ours != theirs:
         raise ValueError(
-            f"the saved optimizer has param groups of {theirs} parameters, this one of {ours}: build the optimizer as it "
-            "was when the state was saved"
+            f"the saved optimizer has param groups of {theirs} parameters, this one of {ours}: build the optimizer "
+            "as it was when the state was saved"
         )
 
 
@@ -153,7 +153,7 @@ def _check_room(nbytes: int, what: str) -> None:
     free = free_host_bytes()
     if nbytes > free:
         raise MemoryError(
-            f"{what} take {nbytes / 2**30:.2f} GiB as a whole, but only {free / 2**30:.2f} GiB of host memory are free: "
-            "turn whole-file checkpoints off (Trainer(enable_checkpointing=False)) or save on a machine with more memory"
+            f"{what} take {nbytes / 2**30:.2f} GiB as a whole, but only {free / 2**30:.2f} GiB of host memory are "
+            "free: turn whole-file checkpoints off (Trainer(enable_checkpointing=False)) or save on a machine with "
+            "more memory"
         )
-

@@ -4,9 +4,9 @@ Note [Two views of a weight]
 ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 Compute sees the weight plane, in the compute dtype. The user sees the master. In 32-bit training they are one and the
 same memory. In mixed precision the weight plane is the high half of the master and ``residual`` its low half, and the
-master exists only while somebody looks at it: ``open_master`` joins the halves into a float32 buffer that the parameters
-then view, and ``close_master`` splits it again. So whatever code outside of a training step does to a parameter, it does
-to the float32 master.
+master exists only while somebody looks at it: ``open_master`` joins the halves into a float32 buffer that the
+parameters then view, and ``close_master`` splits it again. So whatever code outside of a training step does to a
+parameter, it does to the float32 master.
 
 Note [Pending updates]
 ~~~~~~~~~~~~~~~~~~~~~~

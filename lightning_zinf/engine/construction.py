@@ -4,9 +4,10 @@ Note [Paged construction]
 ~~~~~~~~~~~~~~~~~~~~~~~~~
 While a model is being built, every parameter is seen as it is registered with its module, before ``reset_parameters``
 runs; memory from ``torch.empty`` that nobody touched yet costs nothing. What has been registered stays an ordinary
-parameter as long as the total is below the budget. Above it, the oldest ones go to a page each on NVMe. Whatever touches
-one later (an ``apply(init)`` at the end, a weight that is tied or copied) brings it back like any released parameter. So
-the peak is the budget plus the largest module, and the model's own init code draws the values that it always drew.
+parameter as long as the total is below the budget. Above it, the oldest ones go to a page each on NVMe. Whatever
+touches one later (an ``apply(init)`` at the end, a weight that is tied or copied) brings it back like any released
+parameter. So the peak is the budget plus the largest module, and the model's own init code draws the values that it
+always drew.
 
 The final partition reads page by page into the units' flat buffers.
 """

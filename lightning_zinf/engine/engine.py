@@ -15,10 +15,10 @@ unit may be evicted at any time, and a full ring evicts the one whose use is lon
 
 Note [Frames]
 ~~~~~~~~~~~~~
-Compute happens inside of frames: the strategy opens one around every step, and each unit's forward is one. What touches a
-parameter inside of a frame or in backward sees the weight that compute uses. What touches it outside sees the master, for
-as long as it holds on to it or until two other units have been touched, and may change it. So in mixed precision a forward
-outside of a step computes with the float32 master, as it would after any other strategy.
+Compute happens inside of frames: the strategy opens one around every step, and each unit's forward is one. What touches
+a parameter inside of a frame or in backward sees the weight that compute uses. What touches it outside sees the master,
+for as long as it holds on to it or until two other units have been touched, and may change it. So in mixed precision a
+forward outside of a step computes with the float32 master, as it would after any other strategy.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class Engine:
     def _queue_callback(self) -> None:
         if not self._in_backward_callback:
             self._in_backward_callback = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
         self._in_backward_callback = False
@@ -515,9 +515,7 @@ class Engine:
             handle.remove()
         for unit in self.units:
             with self.loaded(unit), torch.inference_mode(False), torch.no_grad():
-                values = [
-                    [v.to(b.view_dtype, copy=True) for v in b.views_of(b.read_master())] for b in unit.buffers
-                ]
+                values = [[v.to(b.view_dtype, copy=True) for v in b.views_of(b.read_master())] for b in unit.buffers]
             for buffer, tensors in zip(unit.buffers, values, strict=True):
                 buffer.let_go(tensors)
         self.context.close()

@@ -2,12 +2,12 @@
 
 Note [Gradients]
 ~~~~~~~~~~~~~~~~
-On a CPU accelerator gradients stay where autograd put them, in ``p.grad``: they are in host memory already, and code that
-reads or scales ``p.grad`` before the step keeps working. On an accelerator with memory of its own each gradient goes to
-host memory as soon as it is complete, once, in the dtype that it has, and ``p.grad`` is None after.
+On a CPU accelerator gradients stay where autograd put them, in ``p.grad``: they are in host memory already, and code
+that reads or scales ``p.grad`` before the step keeps working. On an accelerator with memory of its own each gradient
+goes to host memory as soon as it is complete, once, in the dtype that it has, and ``p.grad`` is None after.
 
-Several backwards before a step accumulate in float32, also where gradients are bfloat16: what an earlier backward left is
-moved to a float32 sum before the next one starts. In 32-bit training on a CPU autograd's own sum is just that.
+Several backwards before a step accumulate in float32, also where gradients are bfloat16: what an earlier backward left
+is moved to a float32 sum before the next one starts. In 32-bit training on a CPU autograd's own sum is just that.
 """
 
 from __future__ import annotations

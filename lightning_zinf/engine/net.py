@@ -7,8 +7,8 @@ and refilled from the buffer in backward. So slots can be reused between forward
 view of a weight. In normal runs the pre-backward hooks have brought the unit back before anything is unpacked; a refill
 that has to fetch is counted.
 
-Only the innermost pair of saved-tensor hooks applies, so tensors that are not ours are passed to the pair that was there
-before us (a user's ``save_on_cpu`` around the step, say).
+Only the innermost pair of saved-tensor hooks applies, so tensors that are not ours are passed to the pair that was
+there before us (a user's ``save_on_cpu`` around the step, say).
 
 A weight that was updated between forward and backward is refused, as autograd's version counter would.
 """
@@ -75,7 +75,7 @@ class SavedTensorNet:
             buffer = self._pager.buffer_at(tensor.untyped_storage()._cdata)
             if buffer is not None:
                 return _Packed(
-                    buffer, buffer.version, tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype
+                    buffer, buffer.version, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype
                 )
             return tensor if outer is None else _Foreign(outer[0](tensor), outer[1])
 

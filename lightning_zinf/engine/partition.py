@@ -27,7 +27,6 @@ from lightning_zinf.memory.slots import Slot, SlotRing
 from lightning_zinf.memory.state import NvmeState, Plane
 from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
-from lightning_zinf.ops import split_master
 
 Precision = Literal["32-true", "bf16-mixed"]
 _FULL_PRECISION_MODULES = (nn.modules.batchnorm._BatchNorm,)
@@ -133,15 +132,15 @@ def check_parameters(root: nn.Module, trained: Collection[int]) -> None:
         ValueError: With the parameter's name and what to do.
     """
     for name, param in root.named_parameters():
-        if isinstance(param, nn.parameter.UninitializedTensorMixin):
+        if isinstance(param, nn.UninitializedParameter):
             raise ValueError(f"parameter {name!r} is lazy and has no shape yet: run one forward before training")
         if isinstance(param, paging.Released):  # built under paged_construction
             continue
         kind = type(param.data)
         if kind not in (Tensor, nn.Parameter):
             raise ValueError(
-                f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: the zinf strategy partitions plain tensors "
-                "only (DTensor parameters of tensor parallelism and quantized subclasses are not supported)"
+                f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: the zinf strategy partitions plain "
+                "tensors only (DTensor parameters of tensor parallelism and quantized subclasses are not supported)"
             )
         if id(param) in trained and param.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
@@ -179,7 +178,10 @@ class _Draft:
 def _draft(plans: Sequence[UnitPlan], config: PartitionConfig, trained: Collection[int]) -> list[_Draft]:
     """Sort each unit's parameters into buffers by dtype and by whether an optimizer updates them."""
     full = {
-        id(p) for plan in plans for m in plan.module.modules() if isinstance(m, _FULL_PRECISION_MODULES)
+        id(p)
+        for plan in plans
+        for m in plan.module.modules()
+        if isinstance(m, _FULL_PRECISION_MODULES)
         for p in m.parameters(recurse=False)
     }
     drafts: list[_Draft] = []
@@ -231,9 +233,7 @@ class _Builder:
         config, context, size = self._config, self._context, self._size
         memory = config.memory
         on_nvme = size.weights if self._where.params == "nvme" else 0
-        on_nvme += sum(
-            NvmeState.bytes_needed(d.padded, d.planes) for d in drafts if self._state_tier(d) == "nvme"
-        )
+        on_nvme += sum(NvmeState.bytes_needed(d.padded, d.planes) for d in drafts if self._state_tier(d) == "nvme")
         host_asked = memory.host_bytes
         if "nvme" in (self._where.params, self._where.optimizer):
             store = NvmeStore(config.nvme_path, config.io, context.counters)

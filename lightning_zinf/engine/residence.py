@@ -114,9 +114,7 @@ class DeviceWeights:
         extent: Where they rest on NVMe, or None.
     """
 
-    def __init__(
-        self, buffer: FlatBuffer, slot: Slot | None, host_plane: Tensor | None, extent: Extent | None
-    ) -> None:
+    def __init__(self, buffer: FlatBuffer, slot: Slot | None, host_plane: Tensor | None, extent: Extent | None) -> None:
         assert slot is not None or (host_plane is None) != (extent is None)
         self.persistent = slot is not None
         self.slot = slot

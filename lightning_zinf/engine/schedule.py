@@ -2,10 +2,11 @@
 
 Note [Recorded order]
 ~~~~~~~~~~~~~~~~~~~~~
-Each kind of step (training, validation...) records in which order it touches units, forward and backward alike. The next
-step of that kind follows the record with a cursor; what lies ahead of the cursor is worth fetching. A step that turns
-out different (an expert that was not routed to, an early exit) moves the cursor to the unit's next mention close by, or
-leaves it where it is: prefetching gets worse for a while, never the result. Every step's record replaces the last one.
+Each kind of step (training, validation...) records in which order it touches units, forward and backward alike. The
+next step of that kind follows the record with a cursor; what lies ahead of the cursor is worth fetching. A step that
+turns out different (an expert that was not routed to, an early exit) moves the cursor to the unit's next mention close
+by, or leaves it where it is: prefetching gets worse for a while, never the result. Every step's record replaces the
+last one.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ Note [How units are found]
 From the top down, without help from the user:
 
 1. Modules of classes that the user named are units.
-2. The children of a ModuleList, ModuleDict or Sequential that has several parameterised children of one class are units:
+2. The children of a ModuleList, ModuleDict or Sequential that has several parameterised children of one class are
+units:
    these are the repeated blocks of a network.
-3. A subtree without such blocks inside is one unit if it is not larger than ``unit_bytes``; else its children are looked
+3. A subtree without such blocks inside is one unit if it is not larger than ``unit_bytes``; else its children are
+looked
    at one by one, and a module that has no children is a unit whatever its size.
 4. What is smaller than ``SMALL`` bytes joins the nearest module above; what is left belongs to the root unit.
 

@@ -1,0 +1,1 @@
+"""Tiers: slots, staging, NVMe files, and the rule of what goes where."""

@@ -13,7 +13,7 @@ _CGROUPS = (
 
 
 def free_host_bytes() -> int:
-    """Return the bytes of host memory that this process can still take: the machine's, its cgroup's and RLIMIT_DATA's."""
+    """Return the bytes of host memory that this process can still take under its cgroup and RLIMIT_DATA."""
     free = [_meminfo(), *_cgroup(), *_rlimit()]
     return max(0, min(free))
 

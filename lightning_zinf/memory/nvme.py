@@ -69,8 +69,8 @@ class NvmeStore:
             file = File(self.folder / f"zinf-{os.getpid()}-{len(self.files)}.state", nbytes, direct=self._io.direct)
         except OSError as error:
             error.add_note(
-                f"nvme_path={str(self.folder)!r} must hold {nbytes / 2**30:.2f} GiB of training state: free some space, "
-                "give another nvme_path, or offload less (offload_params / offload_optimizer)."
+                f"nvme_path={str(self.folder)!r} must hold {nbytes / 2**30:.2f} GiB of training state: free some "
+                "space, give another nvme_path, or offload less (offload_params / offload_optimizer)."
             ) if hasattr(error, "add_note") else None
             raise
         if self._io.direct and not file.direct and not self.files:
@@ -113,7 +113,7 @@ class NvmeStore:
 
     @staticmethod
     def _check(extent: Extent, tensor: Tensor, offset: int) -> None:
-        assert offset >= 0 and offset + tensor.nbytes <= extent.nbytes, (offset, tensor.nbytes, extent.nbytes)
+        assert 0 <= offset <= extent.nbytes - tensor.nbytes, (offset, tensor.nbytes, extent.nbytes)
 
     def _check_folder(self) -> None:
         try:
@@ -122,14 +122,16 @@ class NvmeStore:
                 pass
         except OSError as error:
             raise type(error)(
-                error.errno, f"nvme_path cannot be used ({error.strerror}): give a folder on a local disk that can be "
-                "written to, with nvme_path=... or the environment variable ZINF_NVME_PATH", str(self.folder)
+                error.errno,
+                f"nvme_path cannot be used ({error.strerror}): give a folder on a local disk that can be "
+                "written to, with nvme_path=... or the environment variable ZINF_NVME_PATH",
+                str(self.folder),
             ) from error
         kind = file_system_of(self.folder)
         if kind in _RAM_BACKED:
             warnings.warn(
-                f"nvme_path={str(self.folder)!r} is a RAM-backed file system ({kind}): what is offloaded there stays in "
-                "memory. Give a folder on a disk with nvme_path=... or ZINF_NVME_PATH.",
+                f"nvme_path={str(self.folder)!r} is a RAM-backed file system ({kind}): what is offloaded there stays "
+                "in memory. Give a folder on a disk with nvme_path=... or ZINF_NVME_PATH.",
                 stacklevel=2,
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_zinf.config import MemoryConfig, Offload, Tier
+from lightning_zinf.config import Offload, Tier
 
 COMFORT = 0.6
 """Share of the free memory that state may take before "auto" moves it to the next tier."""

@@ -2,17 +2,17 @@
 
 Note [Slots]
 ~~~~~~~~~~~~
-Freeing and growing a storage per gather costs a page fault per page on a CPU and fragments a GPU's allocator, so gathered
-buffers live in slots that are allocated once and reused. The sum of their sizes never exceeds the budget, except where
-a running operator needs more at once than the budget holds: then the ring overcommits and counts it.
+Freeing and growing a storage per gather costs a page fault per page on a CPU and fragments a GPU's allocator, so
+gathered buffers live in slots that are allocated once and reused. The sum of their sizes never exceeds the budget,
+except where a running operator needs more at once than the budget holds: then the ring overcommits and counts it.
 
 A free slot keeps its content and remembers whose it is (``holder``), so a unit that is needed again before its slot was
 taken costs no read: that happens at the turn from forward to backward. The least recently used slot is taken first,
 which for a palindrome (forward, then backward) is the one whose next use is farthest.
 
 A slot is taken for somebody else only when its storage use count is at its baseline, that is when nobody outside of the
-engine still sees it. A slot that stays visible is left to whoever holds it and counted as orphaned; so a weight that was
-stashed outside of autograd's saved tensors stays right.
+engine still sees it. A slot that stays visible is left to whoever holds it and counted as orphaned; so a weight that
+was stashed outside of autograd's saved tensors stays right.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Note [State records]
 ~~~~~~~~~~~~~~~~~~~~
 The update is elementwise, so it never needs a whole unit's state at once: state on NVMe is cut into tiles, and all
-planes of a tile lie together, ``[residual | exp_avg | exp_avg_sq]``. One read brings a tile, one write takes it back, and
-the memory for staging is a few tiles, whatever the size of the largest unit. Moments start as zeros, which is what a
-preallocated file reads as, so nothing is written for them at the start.
+planes of a tile lie together, ``[residual | exp_avg | exp_avg_sq]``. One read brings a tile, one write takes it back,
+and the memory for staging is a few tiles, whatever the size of the largest unit. Moments start as zeros, which is what
+a preallocated file reads as, so nothing is written for them at the start.
 """
 
 from __future__ import annotations
@@ -190,9 +190,7 @@ class NvmeState:
     def _pieces(self, plane: Plane, whole: Tensor) -> Iterator[list[tuple[Tensor, int]]]:
         before = sum(PLANE_DTYPES[p].itemsize for p in self.planes[: self.planes.index(plane)])
         self._ring.drain()
-        yield [
-            (whole[start:stop], start * self._width + (stop - start) * before) for start, stop in self._ranges
-        ]
+        yield [(whole[start:stop], start * self._width + (stop - start) * before) for start, stop in self._ranges]
 
     def read(self, plane: Plane) -> Tensor:
         """Read a whole plane into new memory."""

@@ -2,13 +2,14 @@
 
 Note [Tiles]
 ~~~~~~~~~~~~
-A tile is free, or being read ahead, or in use by the update, or being written back. Tiles are read ahead in the order in
-which the update will want them, one state after the other. If that order turns out different and every tile is taken by
-reads of somebody else, the one that was wanted last is dropped: it is clean, so nothing is lost but a read.
+A tile is free, or being read ahead, or in use by the update, or being written back. Tiles are read ahead in the order
+in which the update will want them, one state after the other. If that order turns out different and every tile is taken
+by reads of somebody else, the one that was wanted last is dropped: it is clean, so nothing is lost but a read.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -142,7 +143,5 @@ class TileRing:
 
 def _settle(ticket: Ticket) -> None:
     """Wait for a request whose outcome no longer matters."""
-    try:
+    with contextlib.suppress(OSError):
         ticket.wait()
-    except OSError:
-        pass

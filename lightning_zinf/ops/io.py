@@ -213,7 +213,7 @@ class IOEngine:
     def __init__(
         self,
         threads: int = 8,
-        queue_depth: int = 32,
+        queue_depth: int = 64,
         block_bytes: int = 1 << 20,
         backend: Literal["auto", "threads", "io_uring"] = "auto",
     ) -> None:

@@ -1,0 +1,1 @@
+"""The optimizer step of sharded and offloaded state."""

@@ -2,10 +2,10 @@
 
 Note [Binding]
 ~~~~~~~~~~~~~~
-The object stays: schedulers hold it, and its ``param_groups`` are the only source of hyper-parameters. Its class becomes a
-subclass of its own class whose ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict`` go to the engine. (A method
-put on the instance would not be seen by Lightning, which makes another subclass of the object's class; and a scheduler has
-put a wrapper of the old ``step`` on the instance, which has to go.)
+The object stays: schedulers hold it, and its ``param_groups`` are the only source of hyper-parameters. Its class
+becomes a subclass of its own class whose ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict`` go to the
+engine. (A method put on the instance would not be seen by Lightning, which makes another subclass of the object's
+class; and a scheduler has put a wrapper of the old ``step`` on the instance, which has to go.)
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class OptimizerBinding:
             found = self.engine.unit_of(param)
             if found is None:
                 raise ValueError(
-                    f"the optimizer has a parameter of shape {tuple(param.shape)} and dtype {param.dtype} that the zinf "
+                    f"the optimizer has a parameter of shape {tuple(param.shape)} and dtype {param.dtype} that the "
                     "strategy does not manage: it takes float32 and bfloat16 parameters of the LightningModule"
                 )
             found[1].need_moments()
@@ -84,11 +84,7 @@ class OptimizerBinding:
 
     def grads(self) -> list[Tensor]:
         """Return every gradient of this optimizer's parameters, unscaled and unclipped."""
-        return [
-            grad
-            for buffer, groups in self._by_buffer()
-            for _, grad in buffer.gradients.collect(groups, keep=True)
-        ]
+        return [grad for buffer, groups in self._by_buffer() for _, grad in buffer.gradients.collect(groups, keep=True)]
 
     def grad_norm(self) -> float:
         """Return the 2-norm of all gradients as one vector; the squares are summed in float64."""
@@ -183,7 +179,7 @@ def _load_state_dict(self: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
 
 
 @functools.cache
-def _bound_class(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+def _bound_class(cls: Any) -> type[torch.optim.Optimizer]:
     step: Any = torch.optim.Optimizer.profile_hook_step(_step)  # the user's step hooks keep running
     step.hooked = True
     step._wrapped_by_lr_sched = True
@@ -204,7 +200,7 @@ def _swap_class(optimizer: torch.optim.Optimizer) -> None:
     optimizer.__dict__.pop("step", None)
     cls = type(optimizer)
     if not hasattr(cls, "_zinf_base"):
-        optimizer.__class__ = _bound_class(cls)
+        optimizer.__class__ = _bound_class(cls)  # type: ignore[arg-type,unused-ignore]
 
 
 def unbind(optimizer: torch.optim.Optimizer) -> None:

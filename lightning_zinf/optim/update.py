@@ -3,8 +3,8 @@
 Note [The update]
 ~~~~~~~~~~~~~~~~~
 A step is captured when ``optimizer.step()`` is called: gradients, learning rates and the other hyper-parameters as they
-are then, and the clip factor. Applied now or later, it gives the same bits. Parameters without a gradient are skipped, as
-torch.optim skips them: no moments decay, and their step count stands still.
+are then, and the clip factor. Applied now or later, it gives the same bits. Parameters without a gradient are skipped,
+as torch.optim skips them: no moments decay, and their step count stands still.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.memory.state import State
-from lightning_zinf.ops import reference
-from lightning_zinf.ops import AdamHyper, Segment, adam_update
+from lightning_zinf.ops import AdamHyper, Segment, adam_update, reference
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -117,9 +116,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     base = next((c for c in SUPPORTED if isinstance(optimizer, c)), None)
     if base is None:
         raise ValueError(
-            f"the zinf strategy keeps optimizer state in flat shards and updates them with its own Adam kernel, so it takes "
-            f"torch.optim.Adam and torch.optim.AdamW; configure_optimizers returned {name}. Optimizers that need whole "
-            "matrices (LBFGS, Muon, Adafactor, Shampoo) cannot work on shards; other elementwise optimizers are not "
+            f"the zinf strategy keeps optimizer state in flat shards and updates them with its own Adam kernel, so it "
+            f"takes torch.optim.Adam and torch.optim.AdamW; configure_optimizers returned {name}. Optimizers that "
+            "need whole matrices (LBFGS, Muon, Adafactor, Shampoo) cannot work on shards; other elementwise optimizers are not "
             "supported yet."
         )
     if kind.step not in (base.step, torch.optim.Adam.step, torch.optim.AdamW.step):

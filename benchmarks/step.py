@@ -1,0 +1,201 @@
+"""Step time and peak memory beside the plain Trainer: one GPT, every tier, in one run.
+
+    python benchmarks/step.py                       # 26M parameters: 8 x 512, 2 x 32 tokens
+    python benchmarks/step.py --layers 12 --hidden 768 --seq 128 --batch 4 --precision bf16-mixed
+
+Each case is a process of its own, and the cases take turns (--rounds), so that a change of the machine's speed hits
+all. Printed are medians over rounds, and ratios to the plain Trainer of the same round. "floor" is max(compute, bytes
+over bandwidth): compute is the step of the RAM tier, bytes are the counted NVMe bytes of a step, and the bandwidth is
+what benchmarks/io.py measures for reading and writing at once (--disk, GB/s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CASES: dict[str, dict[str, str] | None] = {
+    "plain": None,
+    "zinf ram": {"offload_params": "none", "offload_optimizer": "none"},
+    "zinf state on nvme": {"offload_params": "none", "offload_optimizer": "nvme"},
+    "zinf all on nvme": {"offload_params": "nvme", "offload_optimizer": "nvme"},
+}
+
+
+def child(args: argparse.Namespace) -> None:
+    """Train for some steps and print what was measured as JSON."""
+    import lightning.pytorch as pl
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+    from lightning.pytorch.callbacks import Callback
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "gpt"))
+    from model import GPT
+
+    torch.set_num_threads(args.threads)
+    case = CASES[args.child]
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model: GPT | None = None
+
+        def configure_model(self) -> None:
+            if self.model is None:
+                torch.manual_seed(0)
+                heads = max(1, args.hidden // 64)
+                self.model = GPT(args.vocab, args.seq, args.hidden, args.layers, heads)
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            assert self.model is not None
+            return F.cross_entropy(self.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.counts: list[dict[str, float]] = []
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            self.times.append(time.perf_counter())
+            engine = getattr(trainer.strategy, "engine", None)
+            self.counts.append(engine.counters.snapshot() if engine is not None else {})
+
+    baseline = peak_rss(reset=True)
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.steps + args.warmup + 1, args.seq + 1)
+    data = torch.randint(args.vocab, (shape[0] * args.batch, shape[1]), generator=generator)
+    loader = torch.utils.data.DataLoader(data, batch_size=args.batch)  # type: ignore[arg-type,var-annotated]
+    strategy: Any = "auto"
+    if case is not None:
+        from lightning_zinf import MemoryConfig, ZinfStrategy
+
+        memory = MemoryConfig(host_bytes=args.host_bytes or None)
+        strategy = ZinfStrategy(nvme_path=args.nvme_path, memory=memory, **case)
+    clock = Clock()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        precision=args.precision,
+        max_steps=shape[0],
+        logger=False,
+        gradient_clip_val=args.clip or None,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    )
+    trainer.fit(Module(), loader)
+    times = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)][args.warmup :]
+    report = {"step": statistics.median(times), "peak": peak_rss() - baseline}
+    if case is not None:
+        first, last = clock.counts[args.warmup], clock.counts[-1]
+        for name in (
+            "nvme_read_bytes",
+            "nvme_write_bytes",
+            "stall_read_seconds",
+            "stall_write_seconds",
+            "update_seconds",
+        ):
+            report[name] = (last[name] - first[name]) / len(times)
+        report["refills"], report["faults"] = last["refills"], last["faults"]
+    print(json.dumps(report))
+
+
+def peak_rss(*, reset: bool = False) -> int:
+    """Return this process's peak resident bytes; with ``reset``, forget the peak first and return the present size."""
+    if reset:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    field = "VmRSS" if reset else "VmHWM"
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def main() -> None:
+    """Run the cases in turns and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--seq", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--host-bytes", type=int, default=0, help="memory.host_bytes of the nvme cases; 0 = default")
+    parser.add_argument("--disk", type=float, default=0.0, help="GB/s of the disk, reading and writing at once")
+    parser.add_argument("--nvme-path", default="")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--json", default="", help="write the results to this file")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.cases}
+    with tempfile.TemporaryDirectory(dir=args.nvme_path or ".") as folder:
+        for turn in range(args.rounds):
+            for name in args.cases:
+                print(f"\r\033[Kround {turn + 1} of {args.rounds}: {name}", end="", file=sys.stderr, flush=True)
+                command = [sys.executable, __file__, *sys.argv[1:], "--child", name, "--nvme-path", folder]
+                out = subprocess.run(command, capture_output=True, text=True)
+                if out.returncode:
+                    sys.exit(f"\n{name} failed:\n{out.stderr[-3000:]}")
+                results[name].append(json.loads(out.stdout.strip().splitlines()[-1]))
+    print("\r\033[K", end="", file=sys.stderr)
+    show(args, results)
+
+
+def show(args: argparse.Namespace, results: dict[str, list[dict[str, float]]]) -> None:
+    """Print the table, and write it as JSON if asked."""
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(r.get(key, 0.0) for r in results[name])
+
+    base = results.get("plain")
+    print(f"GPT {args.layers} x {args.hidden}, {args.batch} x {args.seq} tokens, {args.precision}, clip {args.clip}")
+    print(
+        f"{'case':<20}{'step s':>9}{'x plain':>9}{'peak MiB':>10}{'x plain':>9}{'read MB':>9}{'write MB':>9}"
+        f"{'stall s':>9}{'update s':>9}{'x floor':>9}"
+    )
+    for name, runs in results.items():
+        ratio = (
+            statistics.median(r["step"] / b["step"] for r, b in zip(runs, base, strict=True)) if base else float("nan")
+        )
+        peak = (
+            statistics.median(r["peak"] / b["peak"] for r, b in zip(runs, base, strict=True)) if base else float("nan")
+        )
+        moved = median(name, "nvme_read_bytes") + median(name, "nvme_write_bytes")
+        floor = float("nan")
+        if args.disk and moved and "zinf ram" in results:
+            floor = median(name, "step") / max(median("zinf ram", "step"), moved / args.disk / 1e9)
+        print(
+            f"{name:<20}{median(name, 'step'):>9.3f}{ratio:>9.2f}{median(name, 'peak') / 2**20:>10.0f}{peak:>9.2f}"
+            f"{median(name, 'nvme_read_bytes') / 1e6:>9.0f}{median(name, 'nvme_write_bytes') / 1e6:>9.0f}"
+            f"{median(name, 'stall_read_seconds') + median(name, 'stall_write_seconds'):>9.3f}"
+            f"{median(name, 'update_seconds'):>9.3f}{floor:>9.2f}"
+        )
+    if args.json:
+        Path(args.json).write_text(json.dumps({"args": vars(args), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
