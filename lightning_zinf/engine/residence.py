@@ -217,7 +217,9 @@ class DeviceWeights:
         got = self._context.staging.acquire(self._buffer.weight_bytes, self._buffer, force=True)
         assert got is not None
         self._staged, hit = got
-        if read and not hit:
+        if read and hit:
+            self._context.counters.reused_bytes += self._buffer.weight_bytes
+        elif read:
             self._tickets.append(self._context.nvme.read(self.extent, self.host()))
 
     def _unstage(self) -> None:
