@@ -113,7 +113,7 @@ def unpin(tensor: torch.Tensor) -> None:
 
 
 def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return torch.cuda.cudart()
 
 
 def _describe(code: int) -> str:

@@ -116,10 +116,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     base = next((c for c in SUPPORTED if isinstance(optimizer, c)), None)
     if base is None:
         raise ValueError(
-            f"the zinf strategy keeps optimizer state in flat shards and updates them with its own Adam kernel, so it "
-            f"takes torch.optim.Adam and torch.optim.AdamW; configure_optimizers returned {name}. Optimizers that "
-            "need whole matrices (LBFGS, Muon, Adafactor, Shampoo) cannot work on shards; other elementwise optimizers are not "
-            "supported yet."
+            "the zinf strategy updates flat shards with its own Adam kernel, so it takes torch.optim.Adam and "
+            f"torch.optim.AdamW; configure_optimizers returned {name}. Optimizers that need whole matrices (LBFGS, "
+            "Muon, Adafactor, Shampoo) cannot work on shards; other elementwise ones are not supported yet."
         )
     if kind.step not in (base.step, torch.optim.Adam.step, torch.optim.AdamW.step):
         raise ValueError(
