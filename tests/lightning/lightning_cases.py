@@ -80,7 +80,12 @@ def trainer(root: Path, strategy: Any = "zinf", **options: Any) -> pl.Trainer:
     """Build a quiet Trainer. ``strategy`` may be a key of PLACES."""
     if isinstance(strategy, str) and strategy in PLACES:
         strategy = zinf(strategy)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     settings = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": root, **quiet}
     return pl.Trainer(strategy=strategy, **{**settings, **options})
 

@@ -262,7 +262,7 @@ def test_learning_rate_finder(tmp_path: Path) -> None:
         found = Tuner(used).lr_find(module, loader(40), num_training=30)
         results.append((found.results["loss"], weights(module)))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
-    assert_same(results[0][1], {k: v for k, v in net().state_dict().items()})
+    assert_same(results[0][1], dict(net().state_dict()))
 
 
 def test_batch_norm_and_sync_batchnorm(tmp_path: Path) -> None:
