@@ -37,7 +37,7 @@ from lightning_zinf.memory.slots import SlotRing
 from lightning_zinf.monitor.counters import Counters
 
 DEFAULT_BUDGET = 256 * 2**20
-"""Bytes of parameters that stay ordinary while a model is built, unless told otherwise."""
+"""Most bytes of parameters that stay ordinary while a model is built, unless told otherwise."""
 SMALLEST_PAGE = 64 * 2**10
 """Bytes: smaller parameters stay ordinary."""
 _CHUNK = 256 * 2**20
@@ -61,6 +61,7 @@ class ConstructionPager:
         self._folder, self._io, self._budget = folder, io, budget
         self._live: dict[int, weakref.ref[nn.Parameter]] = {}
         self._live_bytes = 0
+        self._largest = 0
         self._open: dict[FlatBuffer, None] = {}
 
     def seen(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -94,6 +95,7 @@ class ConstructionPager:
             self.context.install(nvme=store, ring=ring)
         page = FlatBuffer(f"page {self.pages}", [f"parameter {self.pages}"], [param], param.dtype, self.context)
         page.weights = AliasedWeights(page, None, self.context.nvme.allocate(page.weight_bytes))
+        self._largest = max(self._largest, page.weight_bytes)
         page.weights.claim()
         page.weights.flat()[: param.numel()].copy_(param.data.reshape(-1))
         page.weights.store()
@@ -120,6 +122,14 @@ class ConstructionPager:
         page.close_master()
         page.unbind()
 
+    def finish(self) -> None:
+        """The model is built: keep no more of its pages in memory than one at a time needs."""
+        if self.context.has_nvme:
+            self._budget = self._largest
+            for page in [p for p in self._open if not p.seen]:
+                self._close(page)
+            self.context.ring.shrink(self._largest)
+
     def retire(self, page: FlatBuffer) -> None:
         """Forget a page whose value has been taken over."""
         if self._open.pop(page, True) is None:
@@ -133,7 +143,8 @@ class ConstructionPager:
 def construction_budget(config: PartitionConfig) -> int | None:
     """Return how many bytes of parameters may stay in memory while a model is built, or None for all of them."""
     if config.offload_params == "nvme":
-        return DEFAULT_BUDGET if config.memory.host_bytes is None else max(config.memory.host_bytes // 2, SMALLEST_PAGE)
+        asked = config.memory.host_bytes
+        return min(DEFAULT_BUDGET, free_host_bytes() // 8) if asked is None else max(asked // 2, SMALLEST_PAGE)
     if config.offload_params == "auto":
         return int(COMFORT * free_host_bytes())
     return None
@@ -161,3 +172,4 @@ def paged_construction(config: PartitionConfig) -> Iterator[ConstructionPager | 
         yield pager
     finally:
         handle.remove()
+        pager.finish()

@@ -243,7 +243,9 @@ class _Builder:
             numel = min(config.io.tile_numel, max((d.padded for d in drafts), default=4096))
             largest = max((NvmeState.bytes_needed(d.padded, d.planes) for d in drafts), default=0)
             share = None if host_asked is None else host_asked // 3
-            tiles = tile_count(share, numel * width, largest if self._where.optimizer == "nvme" else 0)
+            tiles = tile_count(
+                share, numel * width, largest if self._where.optimizer == "nvme" else 0, free_host_bytes()
+            )
             ring = TileRing(tiles, numel, width, context.allocate_host, context.counters)
             context.install(tiles=ring)
             host_asked = None if host_asked is None else host_asked - ring.nbytes

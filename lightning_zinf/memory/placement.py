@@ -105,10 +105,10 @@ def slot_budget(size: ModelSize, asked: int | None, free: int, option: str) -> i
     return budget
 
 
-def tile_count(asked: int | None, tile_bytes: int, largest_state: int) -> int:
-    """Return how many tiles of staging to have: two units' state, if the budget ``asked`` allows."""
-    wanted = max(4, min(-(-2 * largest_state // tile_bytes), max(4, 2**30 // tile_bytes)))
-    return wanted if asked is None else max(2, min(wanted, asked // tile_bytes))
+def tile_count(asked: int | None, tile_bytes: int, largest_state: int, free: int) -> int:
+    """Return how many tiles of staging to have: two units' state, as far as the budget or the free memory allows."""
+    wanted = max(4, -(-2 * largest_state // tile_bytes))
+    return max(2, min(wanted, (free // 8 if asked is None else asked) // tile_bytes))
 
 
 def table(rows: Sequence[tuple[str, str, int]]) -> str:

@@ -149,6 +149,11 @@ class SlotRing:
         """Let the content of ``slot`` not be found again."""
         slot.holder = None
 
+    def shrink(self, budget: int) -> None:
+        """Lower the budget, and give free slots back until the rest fits."""
+        self.budget = min(self.budget, budget)
+        self._make_room(0)
+
     def drain(self) -> None:
         """Wait for every write under way."""
         for slot in self._slots:
@@ -173,7 +178,7 @@ class SlotRing:
     def _make_room(self, nbytes: int) -> bool:
         """Drop free slots, least recently used first, until ``nbytes`` more fit."""
         free = sorted((s for s in self._slots if s.free), key=lambda s: s.stamp)
-        if self.total - sum(s.nbytes for s in free) + nbytes > self.budget:
+        if nbytes and self.total - sum(s.nbytes for s in free) + nbytes > self.budget:
             return False
         for slot in free:
             if self.total + nbytes <= self.budget:
