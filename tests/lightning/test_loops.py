@@ -155,6 +155,25 @@ def test_manual_optimization(tmp_path: Path, place: str) -> None:
     assert_close(weights(module), oracle.state_dict())
 
 
+class ZeroedByTheModule(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.optimizers().step()
+
+
+@EVERY_PLACE
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_zeroed_by_the_module(tmp_path: Path, place: str, precision: Any) -> None:
+    module, _ = fitted(tmp_path, place, ZeroedByTheModule, precision=precision)
+    oracle, _ = fitted(tmp_path, "auto", ZeroedByTheModule, precision=precision)
+    assert_close(weights(module), oracle.state_dict(), 1e-5 if precision == "32-true" else 1e-2)
+
+
 class WithClosure(Net):
     def __init__(self) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelSummary, StochasticWeightAveraging
 from lightning.pytorch.utilities.model_summary import summarize
-from lightning_cases import PLACES, Net, assert_close, assert_same, loader, net, trainer, weights, zinf
+from lightning_cases import PLACES, Net, assert_close, assert_same, block, loader, net, trainer, weights, zinf
 from torch import Tensor, nn
 
 import lightning_zinf
@@ -232,6 +232,54 @@ def test_configure_model(tmp_path: Path, place: str) -> None:
         used.validate(module, loader(2), verbose=False)
         results.append(weights(module))
     assert_close(results[0], results[1])
+
+
+def test_configure_model_beyond_the_host_budget(tmp_path: Path) -> None:
+    budget = lightning_zinf.MemoryConfig(host_bytes=600_000)
+
+    class Deep(Configured):
+        def configure_model(self) -> None:
+            if self.inner is None:
+                self.inner = net()
+                self.inner.blocks.extend(block() for _ in range(10))
+
+    results = []
+    for strategy in (zinf("nvme", memory=budget), "auto"):
+        module = Deep()
+        used = trainer(tmp_path, strategy)
+        used.validate(module, loader(2), verbose=False)
+        used.fit(module, loader(), loader(2))
+        results.append(weights(module))
+    assert sum(v.nbytes for v in results[0].values()) > 600_000
+    assert_close(results[0], results[1], 1e-4)
+
+
+def test_compiled_module(tmp_path: Path) -> None:
+    class Silent(Net):  # torch.compile cannot trace self.log of some Lightning versions
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.loss(batch)
+
+    results = []
+    for strategy in ("nvme", "auto"):
+        module = net(Silent)
+        trainer(tmp_path, strategy).fit(torch.compile(module, backend="eager"), loader())
+        results.append(weights(module))
+    assert_close(results[0], results[1])
+
+
+def test_saving_from_a_hook_of_every_step(tmp_path: Path) -> None:
+    class Saving(Net):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.trainer.save_checkpoint(tmp_path / "b.ckpt")
+
+    module, oracle = net(Saving), net(Saving)
+    trainer(tmp_path, "nvme").fit(module, loader())
+    assert_same(torch.load(tmp_path / "a.ckpt")["state_dict"], weights(module))
+    trainer(tmp_path, "auto").fit(oracle, loader())
+    assert_close(weights(module), weights(oracle))
 
 
 def test_model_summary_counts_what_is_offloaded(tmp_path: Path) -> None:
