@@ -33,8 +33,9 @@ Engine::~Engine() {
 
 Engine::Running *Engine::start() const {
   auto running = std::make_unique<Running>();
-  const char *const reason =
-      options_.backend == BackendKind::kAuto ? "auto: available, and as fast as any or faster" : "chosen by the caller";
+  const char *const reason = options_.backend == BackendKind::kAuto
+                                 ? "auto: io_uring is available, and no slower than threads"
+                                 : "chosen by the caller";
   if (options_.backend != BackendKind::kThreads) {
     std::string refusal;
     running->backend = make_uring_backend(options_.threads, options_.queue_depth, options_.block_bytes, &refusal);

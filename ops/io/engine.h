@@ -17,7 +17,7 @@ enum class BackendKind : uint8_t { kAuto, kThreads, kUring };
 
 struct EngineOptions {
   size_t threads = 8;
-  size_t queue_depth = 32;
+  size_t queue_depth = 64;
   size_t block_bytes = size_t{1} << 20;
   BackendKind backend = BackendKind::kAuto;
 };

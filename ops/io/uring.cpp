@@ -232,8 +232,8 @@ void UringBackend::run(std::promise<int> ready) {
     listen();
     const int error = ring_.submit_and_wait();
     sleeping_.store(false);
-    // EAGAIN, EBUSY: the kernel is short of something for now; completions free it.
-    if (error == EAGAIN || error == EBUSY) std::this_thread::yield();
+    // EAGAIN, EBUSY: the kernel is short of something for now; completions, or a moment, free it.
+    if (error != 0 && error != EINTR) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     drain();
   }
 }
