@@ -266,10 +266,11 @@ class FlatBuffer:
         flat = self.weights.flat()
         if self.split:
             assert self.state is not None, self
-            weight = torch.empty(self.layout.padded_numel, dtype=torch.bfloat16)
-            residual = torch.empty(self.layout.padded_numel, dtype=torch.int16)
+            weight = flat if flat.device.type == "cpu" else self.context.scratch(flat.numel(), torch.bfloat16)
+            residual = self.context.scratch(flat.numel(), torch.int16)
             split_master(master.cpu(), weight, residual)
-            flat.copy_(weight)
+            if weight is not flat:
+                flat.copy_(weight)
             self.state.write("residual", residual)
         else:
             flat.copy_(master)

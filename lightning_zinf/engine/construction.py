@@ -30,6 +30,7 @@ from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.partition import PartitionConfig
 from lightning_zinf.engine.residence import AliasedWeights
+from lightning_zinf.memory.heap import large_blocks_apart
 from lightning_zinf.memory.machine import free_host_bytes
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.placement import COMFORT
@@ -169,7 +170,8 @@ def paged_construction(config: PartitionConfig) -> Iterator[ConstructionPager | 
     pager = ConstructionPager(config.nvme_path, budget, config.io)
     handle = register_module_parameter_registration_hook(pager.seen)
     try:
-        yield pager
+        with large_blocks_apart():
+            yield pager
     finally:
         handle.remove()
         pager.finish()

@@ -44,6 +44,7 @@ class EngineContext:
         self._staging: SlotRing | None = None
         self._tiles: TileRing | None = None
         self._nvme: NvmeStore | None = None
+        self._scratch: dict[torch.dtype, Tensor] = {}
         self._layouts: dict[tuple[Any, ...], FlatLayout] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -133,6 +134,18 @@ class EngineContext:
         return ResidentState(numel, planes, allocate)
 
     # ------------------------------------------------------------------ memory
+
+    def scratch(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Return host memory for ``numel`` elements that is reused by the next call for this dtype."""
+        nbytes = numel * dtype.itemsize
+        memory = self._scratch.get(dtype)
+        if memory is None or memory.numel() < nbytes:
+            self._scratch[dtype] = memory = host_empty(nbytes)
+        return memory[:nbytes].view(dtype)
+
+    def drop_scratch(self) -> None:
+        """Give the memory of :meth:`scratch` back."""
+        self._scratch.clear()
 
     def allocate_host(self, nbytes: int) -> Tensor:
         """Return ``nbytes`` of zeroed, page-aligned host memory, pinned if a CUDA device will copy from it."""

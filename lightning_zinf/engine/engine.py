@@ -422,6 +422,7 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             for buffer in unit.buffers:
                 buffer.close_master()
+            self.context.drop_scratch()
         self._host.remove(unit)
         self._held[unit] = None
         unit.state = UnitState.RESIDENT

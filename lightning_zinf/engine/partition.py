@@ -20,6 +20,7 @@ from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.residence import AliasedWeights, DeviceWeights
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
+from lightning_zinf.memory.heap import large_blocks_apart
 from lightning_zinf.memory.machine import free_device_bytes, free_host_bytes
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.placement import ModelSize, Placement, place, slot_budget, table, tile_count
@@ -115,7 +116,9 @@ def partition(root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Par
     builder = _Builder(config, context, where, size)
     try:
         builder.install(drafts)
-        units = builder.build(plans, drafts)
+        with large_blocks_apart():
+            units = builder.build(plans, drafts)
+            context.drop_scratch()
     except BaseException:
         context.close()
         raise
@@ -291,7 +294,7 @@ class _Builder:
 
     def _take_values(self, buffer: FlatBuffer) -> Tensor:
         """Move the parameters' values into one flat tensor of the user's dtype: from here on it is the only copy."""
-        flat = torch.zeros(buffer.layout.padded_numel, dtype=buffer.view_dtype)
+        flat = self._context.scratch(buffer.layout.padded_numel, buffer.view_dtype).zero_()
         with torch.no_grad():
             for param, view in zip(buffer.params, buffer.views_of(flat), strict=True):
                 view.copy_(param.data)

@@ -166,7 +166,12 @@ class SlotRing:
     def _pick(self, nbytes: int) -> Slot | None:
         # A new slot is better than one with content somebody may come back for, as long as the budget lasts.
         if self.total + nbytes <= self.budget:
-            return self._new(nbytes)
+            try:
+                return self._new(nbytes)
+            except MemoryError:
+                if not self._slots:
+                    raise
+                self.budget = self.total  # less is free than when the budget was made: go on with what is there
         roof = max(2 * nbytes, nbytes + 65536)
         fits = [s for s in self._slots if s.free and nbytes <= s.nbytes <= roof]
         for slot in sorted(fits, key=lambda s: s.stamp):
