@@ -22,7 +22,6 @@
 #endif
 
 #include "io/engine.h"
-#include "io/host_memory.h"
 #include "io/posix.h"
 #include "tests/check.h"
 
@@ -91,11 +90,7 @@ ssize_t short_pread(int fd, void *data, size_t length, off_t offset) {
   errno = turn == 0 ? EINTR : EAGAIN;
   if (turn <= 1) return -1;
   if (turn == 2 && length > 4096) length -= 4096;
-  if (turn == 3 && length > 700) length = length % 2 ? 699 : 512;
-  if (length == 512 || length == 699) { // as a buffered read does: O_DIRECT itself is never that short
-    const int flags = ::fcntl(fd, F_GETFL);
-    if (flags & O_DIRECT) length = 512;
-  }
+  if (turn == 3 && length > 700) length = (::fcntl(fd, F_GETFL) & O_DIRECT) ? 512 : 699;
   return ::pread(fd, data, length, offset);
 }
 
@@ -333,24 +328,6 @@ void test_options() {
   CHECK_THROWS(Engine{options}, UsageError);
 }
 
-void test_host_memory() {
-  for (const bool huge : {true, false}) {
-    for (const size_t size : {size_t{1}, size_t{100000}, kHugePage * 3 + 5}) {
-      char *data = static_cast<char *>(map_host(size, huge));
-      CHECK(data != nullptr);
-      CHECK(reinterpret_cast<uintptr_t>(data) % (huge && size >= kHugePage ? kHugePage : 4096) == 0);
-      std::memset(data, 7, size);
-      const long long released = release_host_pages(data, size);
-      CHECK(released >= 0 && static_cast<size_t>(released) <= size);
-      if (released > 0) CHECK(data[0] == 0);
-      CHECK(release_host_pages(data + 1, kHugePage * 8) == -1);
-      unmap_host(data);
-      CHECK(release_host_pages(data, size) == -1);
-    }
-  }
-  CHECK(map_host(SIZE_MAX, true) == nullptr && errno == ENOMEM);
-}
-
 int run_child(void (*body)()) {
   const pid_t child = ::fork();
   CHECK(child >= 0);
@@ -424,6 +401,5 @@ int main() {
   RUN(test_direct_refused_at_first_transfer);
   RUN(test_close_waits);
   RUN(test_many_threads_submit);
-  RUN(test_host_memory);
   return 0;
 }
