@@ -3,9 +3,10 @@
     python benchmarks/fits.py                 # 402M parameters, 6 GiB of states, under a cap of 1.5 GiB
     python benchmarks/fits.py --layers 8      # smaller and quicker
 
-"States" are the paper's 16 bytes a parameter: bfloat16 weights and gradients, float32 master, two moments. A child process
-trains with its data segment capped by RLIMIT_DATA (private writable memory: heap, anonymous maps, thread stacks), counted
-from what the process has after its imports, once with everything on NVMe and once with the plain Trainer.
+"States" are the paper's 16 bytes a parameter: bfloat16 weights and gradients, float32 master, two moments. A child
+process trains with its data segment capped by RLIMIT_DATA (private writable memory: heap, anonymous maps, thread
+stacks), counted from what the process has after its imports, once with everything on NVMe and once with the plain
+Trainer.
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ def child(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
 
     class Module(pl.LightningModule):
-        model: GPT | None = None
-        losses: list[float]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model: GPT | None = None
+            self.losses: list[float] = []
 
         def configure_model(self) -> None:
             if self.model is None:
                 torch.manual_seed(0)
                 self.model = GPT(args.vocab, args.seq, args.hidden, args.layers, args.hidden // 64)
-                self.losses = []
 
         def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
             assert self.model is not None
@@ -107,8 +109,8 @@ def main() -> None:
     report: dict[str, Any] = {"args": vars(args), "cap": cap}
     for case in ("zinf", "plain"):
         with tempfile.TemporaryDirectory(dir=args.nvme_path or ".") as folder:
-            command = [sys.executable, __file__, *sys.argv[1:], "--child", case, "--cap", str(cap), "--nvme-path", folder]
-            run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            command = [sys.executable, __file__, *sys.argv[1:], "--child", case, "--cap", str(cap)]
+            run = subprocess.run([*command, "--nvme-path", folder], capture_output=True, text=True)
         if run.returncode == 0:
             result = json.loads(run.stdout.strip().splitlines()[-1])
             report[case] = result

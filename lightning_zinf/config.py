@@ -72,8 +72,8 @@ class IOConfig:
         direct: Bypass the page cache (O_DIRECT) where the file system allows it.
     """
 
-    threads: int = 4
-    queue_depth: int = 32
+    threads: int = 8
+    queue_depth: int = 64
     block_bytes: int = 2**20
     backend: Literal["auto", "threads", "io_uring"] = "auto"
     tile_numel: int = 2**20

@@ -53,20 +53,31 @@ _FLOATING = (Tensor.is_floating_point, torch.is_floating_point)
 class Owner(Protocol):
     """What a released parameter needs of the buffer that owns it."""
 
-    view_dtype: torch.dtype
     device: torch.device
+
+    @property
+    def seen_dtype(self) -> torch.dtype:
+        """Dtype that a use of the parameters would find now."""
 
     def fault(self, owners: list[Owner]) -> None:
         """Make every buffer of ``owners`` resident."""
 
 
-_OWNERS: dict[int, tuple[Owner, int, weakref.ref[Tensor]]] = {}
+_OWNERS: dict[int, tuple[Callable[[], Owner | None], int, weakref.ref[Tensor]]] = {}
 
 
-def adopt(parameter: nn.Parameter, owner: Owner, index: int) -> None:
-    """Record that ``parameter`` is number ``index`` of ``owner``."""
+def adopt(parameter: nn.Parameter, owner: Owner, index: int, *, keep: bool = False) -> None:
+    """Record that ``parameter`` is number ``index`` of ``owner``.
+
+    Args:
+        parameter: The parameter.
+        owner: Its owner from now on.
+        index: Its number there.
+        keep: Keep the owner alive for as long as the parameter has it. Else somebody else does.
+    """
     key = id(parameter)
-    _OWNERS[key] = (owner, index, weakref.ref(parameter, lambda _ref: _OWNERS.pop(key, None)))
+    find: Callable[[], Owner | None] = (lambda: owner) if keep else weakref.ref(owner)
+    _OWNERS[key] = (find, index, weakref.ref(parameter, lambda _ref: _OWNERS.pop(key, None)))
 
 
 def disown(parameter: nn.Parameter) -> None:
@@ -77,7 +88,8 @@ def disown(parameter: nn.Parameter) -> None:
 def owner_of(parameter: object) -> tuple[Any, int] | None:
     """Return ``(owner, index)`` of a managed parameter, or None for any other object."""
     entry = _OWNERS.get(id(parameter))
-    return None if entry is None else (entry[0], entry[1])
+    owner = None if entry is None else entry[0]()
+    return None if entry is None or owner is None else (owner, entry[1])
 
 
 def _bare(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -127,11 +139,11 @@ def _described(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
         return False, None
     owner = entry[0]
     if func == _DTYPE:
-        return True, owner.view_dtype
+        return True, owner.seen_dtype
     if func == _DEVICE:
         return True, owner.device
     if func in _FLOATING:
-        return True, owner.view_dtype.is_floating_point
+        return True, owner.seen_dtype.is_floating_point
     if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
         return True, owner.device.type == "cuda"
     if func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
@@ -139,9 +151,9 @@ def _described(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     if func == Tensor.get_device:
         return True, -1 if owner.device.index is None else owner.device.index
     if func in (Tensor.element_size, Tensor.itemsize.__get__):  # type: ignore[attr-defined]
-        return True, owner.view_dtype.itemsize
+        return True, owner.seen_dtype.itemsize
     if func == Tensor.nbytes.__get__:  # type: ignore[attr-defined]
-        return True, owner.view_dtype.itemsize * _bare(Tensor.numel, args[:1], {})
+        return True, owner.seen_dtype.itemsize * _bare(Tensor.numel, args[:1], {})
     if func == Tensor.stride:
         meta = torch.empty(_bare(Tensor.size, args[:1], {}), device="meta")
         return True, meta.stride(*args[1:], **kwargs)
@@ -153,8 +165,11 @@ def _fault(leaves: Iterable[object]) -> None:
     for leaf in leaves:
         if isinstance(leaf, Released):
             entry = owner_of(leaf)
-            if entry is None:  # its engine was closed by an earlier fault of this very call
-                continue
+            if entry is None:
+                raise RuntimeError(
+                    f"{leaf!r} was offloaded by the zinf strategy, and the model that it belonged to is gone: keep the "
+                    "LightningModule for as long as its parameters are used, or take copies of them before"
+                )
             if entry[0] not in owners:
                 owners.append(entry[0])
     if owners:

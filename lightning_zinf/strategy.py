@@ -25,7 +25,7 @@ from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict
 from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, check_offload
 from lightning_zinf.engine.construction import paged_construction
 from lightning_zinf.engine.engine import Engine
-from lightning_zinf.engine.partition import PartitionConfig, default_nvme_path, describe, engine_of, partition
+from lightning_zinf.engine.partition import PartitionConfig, default_nvme_path, describe, engine_of, forget, partition
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, states_to_keep
 
@@ -248,7 +248,7 @@ class ZinfStrategyBody(_Base):
         kept = states_to_keep(optimizers, engine if reusable else None) if bind else []
         if not reusable:
             if engine is not None:
-                engine.dissolve()
+                forget(module)
             trained = [p for o in optimizers for group in o.param_groups for p in group["params"]] if bind else []
             engine = partition(module, config, trained)
         if bind:

@@ -76,13 +76,22 @@ class FlatBuffer:
         self.gradients = Gradients(self)
         self._master: Tensor | None = None
 
-    def adopt(self) -> None:
-        """Become the owner of the parameters: from here on, their uses while released come here."""
+    def adopt(self, *, keep: bool = False) -> None:
+        """Become the owner of the parameters: from here on, their uses while released come here.
+
+        Args:
+            keep: Live for as long as the parameters have this owner.
+        """
         for index, param in enumerate(self.params):
-            paging.adopt(param, self, index)
+            paging.adopt(param, self, index, keep=keep)
 
     def __repr__(self) -> str:
         return f"FlatBuffer({self.name!r}, {len(self.params)} parameters, {self.layout.numel} elements)"
+
+    @property
+    def seen_dtype(self) -> torch.dtype:
+        """Dtype that a use of the parameters would find now: a step sees what compute uses, others the master."""
+        return self.compute_dtype if self.context.computing() else self.view_dtype
 
     @property
     def weight_bytes(self) -> int:

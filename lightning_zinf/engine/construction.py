@@ -100,7 +100,7 @@ class ConstructionPager:
         page.weights.claim()
         page.weights.flat()[: param.numel()].copy_(param.data.reshape(-1))
         page.weights.store()
-        page.adopt()
+        page.adopt(keep=True)
         page.bind()
         page.unbind()
         self.pages += 1

@@ -39,6 +39,7 @@ class EngineContext:
         self.counters = counters
         self.aliased = device.type == "cpu" if aliased is None else aliased
         self.fault: Callable[[list[Any]], None] = _nobody
+        self.computing: Callable[[], bool] = _never
         self.retire: Callable[[Any], None] = _nobody
         self._ring: SlotRing | None = None
         self._staging: SlotRing | None = None
@@ -201,6 +202,10 @@ class EngineContext:
         if self._copy_stream is not None:
             slot.event = torch.cuda.Event()
             slot.event.record(torch.cuda.current_stream(self.device))
+
+
+def _never() -> bool:
+    return False
 
 
 def _nobody(_: Any) -> None:

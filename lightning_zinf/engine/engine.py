@@ -24,6 +24,7 @@ forward outside of a step computes with the float32 master, as it would after an
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,12 @@ class _Absent:
         return output
 
 
+def _grad_arrived(ref: weakref.ref[Engine], unit: int, key: tuple[int, int], param: Tensor) -> None:
+    engine = ref()
+    if engine is not None:
+        engine._on_grad(engine.units[unit], key)
+
+
 class Engine:
     """Gathers and releases the units of one model.
 
@@ -101,6 +108,7 @@ class Engine:
         self._held: dict[Unit, None] = {}  # resident or loading, least recently needed first
         self._host: list[Unit] = []  # HOST, least recently needed first
         self._in_backward_callback = False
+        self._backward_nets = 0
         self._net = SavedTensorNet(self)
         self._needs_net = any(not u.persistent for u in units)
         self._any_moves = any(self._moves(u) for u in units)
@@ -112,6 +120,7 @@ class Engine:
                 unit.state = UnitState.RESIDENT  # for good
         self._handles: list[Any] = []
         context.fault = self._on_fault
+        context.computing = self._computing
         self._install_hooks()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -137,11 +146,12 @@ class Engine:
             pre = module.register_forward_pre_hook(self._pre_forward, prepend=True, with_kwargs=True)
             post = module.register_forward_hook(self._post_forward, always_call=True)
             self._handles += [pre, post]
+        engine = weakref.ref(self)  # hooks of tensors hide from the garbage collector what they hold
         for unit in self.units:
             if not unit.persistent or not self.context.aliased:
                 for i, buffer in enumerate(unit.buffers):
                     for j, param in enumerate(buffer.params):
-                        hook = functools.partial(self._on_grad, unit, (i, j))
+                        hook = functools.partial(_grad_arrived, engine, unit.index, (i, j))
                         if param.requires_grad:
                             self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
@@ -213,14 +223,13 @@ class Engine:
         frame = self._frames.pop()
         if frame.net:
             self._net.exit()
-        if in_backward():  # recomputation: the backward that follows needs the weights
-            return
-        live = {id(u) for f in self._frames for u in f.needs}
-        for unit in frame.needs:
-            if id(unit) not in live:
-                self._release(unit)
-        if not self._frames:
-            self._release_all()
+        if not in_backward():  # after recomputation, the backward that follows needs the weights
+            live = {id(u) for f in self._frames for u in f.needs}
+            for unit in frame.needs:
+                if id(unit) not in live:
+                    self._release(unit)
+            if not self._frames:
+                self._release_all()
         if torch.is_grad_enabled() and any(not u.persistent for u in frame.needs):
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -236,7 +245,7 @@ class Engine:
             self._need(unit)
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
-    def _on_grad(self, unit: Unit, key: tuple[int, int], param: Tensor) -> None:
+    def _on_grad(self, unit: Unit, key: tuple[int, int]) -> None:
         self._queue_callback()
         if not self.context.aliased:
             unit.buffers[key[0]].gradients.take(key[1])
@@ -245,6 +254,10 @@ class Engine:
             unit.fired.clear()
             if not any(unit in f.needs for f in self._frames):
                 self._release(unit)
+
+    def _computing(self) -> bool:
+        """Whether a use of a parameter now is one of a step."""
+        return bool(self._frames) or in_backward()
 
     def _queue_callback(self) -> None:
         if not self._in_backward_callback:
@@ -381,7 +394,7 @@ class Engine:
             unit = self._unit_of[id(owner)]
             if unit not in units:
                 units.append(unit)
-        if self._frames or in_backward():
+        if self._computing():
             for unit in units:
                 self.schedule.touch(unit.index)
             self._gather(units)
@@ -487,9 +500,15 @@ class Engine:
         for unit in self.units:
             for buffer in unit.buffers:
                 buffer.gradients.before_backward()
+        if self._needs_net:  # recomputation saves tensors too, and so does a backward that builds a graph
+            self._net.enter()
+            self._backward_nets += 1
 
     def after_backward(self) -> None:
         """Release what a backward that has ended, well or not, left behind."""
+        if self._backward_nets:
+            self._backward_nets -= 1
+            self._net.exit()
         self._after_backward()
 
     def flush(self) -> None:

@@ -34,7 +34,9 @@ _FULL_PRECISION_MODULES = (nn.modules.batchnorm._BatchNorm,)
 """Their kernels want float32 parameters beside their float32 running statistics, as FSDP keeps them too."""
 _SHOW_PROGRESS_BYTES = 512 * 2**20
 
-_ENGINES: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+_ENGINES: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+_ATTRIBUTE = "_zinf_engine"
+"""Where a model keeps its engine, so that both go together."""
 T = TypeVar("T")
 
 
@@ -69,7 +71,8 @@ class PartitionConfig:
 
 def engine_of(module: nn.Module) -> Engine | None:
     """Return the engine of a partitioned model, or None."""
-    return _ENGINES.get(module)
+    engine = module.__dict__.get(_ATTRIBUTE)
+    return engine if isinstance(engine, Engine) and engine.root is module else None
 
 
 def engines_of(params: Iterable[nn.Parameter]) -> list[Engine]:
@@ -80,8 +83,9 @@ def engines_of(params: Iterable[nn.Parameter]) -> list[Engine]:
 
 def forget(root: nn.Module) -> None:
     """Dissolve a model's engine, if it has one."""
-    engine = _ENGINES.pop(root, None)
+    engine = engine_of(root)
     if engine is not None:
+        del root.__dict__[_ATTRIBUTE]
         engine.dissolve()
 
 
@@ -124,7 +128,7 @@ def partition(root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Par
         raise
     engine = Engine(root, units, context, prefetch=config.overlap.prefetch)
     engine.placement, engine.config = where, config
-    _ENGINES[root] = engine
+    root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
 
 

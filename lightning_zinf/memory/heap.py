@@ -2,7 +2,7 @@
 
 Note [The heap]
 ~~~~~~~~~~~~~~~
-glibc serves large blocks by mmap and gives them back when they are freed, but only up to the first free of such a block:
+glibc serves large blocks by mmap and gives them back when they are freed, but only up to the first free of one;
 then it raises the threshold, to 32 MiB in the end, and serves them from the heap, where one small object above a freed
 block keeps it from the system. Building a model piece by piece and freeing the pieces leaves a heap several times as
 large as what is in use. So while a model is built the threshold is fixed at 1 MiB, and afterwards set to where glibc
