@@ -128,7 +128,9 @@ class Released:
         return self.__reduce_ex__(protocol)
 
     def __repr__(self) -> str:  # type: ignore[explicit-override,unused-ignore]
-        shape, dtype = tuple(self.shape), self.dtype  # type: ignore[attr-defined]
+        entry = owner_of(self)
+        shape = tuple(_bare(Tensor.size, (self,), {}))
+        dtype = _bare(_DTYPE, (self,), {}) if entry is None else entry[0].view_dtype
         return f"ReleasedParameter(shape={shape}, dtype={dtype}) # offloaded; any use brings it back"
 
 

@@ -13,6 +13,8 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning_cases import Net, loader
 
+from lightning_zinf import IOConfig
+
 pytest.importorskip("jsonargparse")
 OURS = "lightning_zinf.ZinfStrategy"
 
@@ -103,7 +105,7 @@ def test_print_config_shows_nested_options() -> None:
     shown = yaml.safe_load(text)["trainer"]["strategy"]["init_args"]
     assert shown["stage"] == 2
     assert shown["memory"]["unit_bytes"] == 16 * 2**20
-    assert shown["io"]["threads"] == 4
+    assert shown["io"]["threads"] == IOConfig().threads
 
 
 @pytest.mark.parametrize(
