@@ -173,7 +173,9 @@ class EngineContext:
                 device.copy_(host)
                 return
             compute = torch.cuda.current_stream(self.device)
-            if slot.event is not None:
+            if slot.event is None:  # weights that stay in place: kernels of the last step may still read them
+                self._copy_stream.wait_stream(compute)
+            else:
                 self._copy_stream.wait_event(slot.event)
             with torch.cuda.stream(self._copy_stream):
                 device.copy_(host, non_blocking=True)
