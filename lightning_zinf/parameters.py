@@ -97,6 +97,10 @@ def _bare(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, 
         return func(*args, **kwargs)
 
 
+def _gradient_edge(tensor: Any) -> Any:
+    return _bare(torch.autograd.graph.get_gradient_edge, (tensor,), {}) if isinstance(tensor, Released) else tensor
+
+
 class Released:
     """Mix-in of the class that a parameter has while its unit is released."""
 
@@ -111,6 +115,11 @@ class Released:
             answered, answer = _described(func, args, kwargs)
             if answered:
                 return answer
+        # These two ask where gradients arise and not for values, and may name more weights than fit at once.
+        if func is torch.autograd.grad and not kwargs.get("materialize_grads"):
+            return func(args[0], tuple(map(_gradient_edge, args[1])), **kwargs)
+        if func is torch.autograd.backward and kwargs.get("inputs") is not None:
+            return func(*args, **{**kwargs, "inputs": tuple(map(_gradient_edge, kwargs["inputs"]))})
         _fault(tree_flatten((args, kwargs))[0])
         out = func(*args, **kwargs)
         if func == Tensor.detach and type(args[0]) is not Tensor and isinstance(out, Tensor):

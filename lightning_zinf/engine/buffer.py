@@ -75,6 +75,7 @@ class FlatBuffer:
         self.bound: Literal["new", "none", "compute", "master"] = "new"
         self.gradients = Gradients(self)
         self._master: Tensor | None = None
+        self._opened_residual: Tensor | None = None
 
     def adopt(self, *, keep: bool = False) -> None:
         """Become the owner of the parameters: from here on, their uses while released come here.
@@ -204,7 +205,9 @@ class FlatBuffer:
         if not self.split or self.view_dtype == self.compute_dtype:
             self.bind()
             return
-        self._master = self.read_master()
+        assert self.state is not None, self
+        self._opened_residual = self.state.read("residual")
+        self._master = self._join(self._opened_residual)
         for param, cls, view in zip(self.params, self.classes, self.views_of(self._master), strict=True):
             param.__class__ = cls
             param.data = view
@@ -217,8 +220,12 @@ class FlatBuffer:
         if self._master is None:
             self.weights.store()
         else:
-            self.write_master(self._master)
-            self._master = None
+            assert self._opened_residual is not None
+            before = self._join(self._opened_residual)
+            # A look is no change: nothing to write, and a backward under way stays valid.
+            if not torch.equal(self._master.view(torch.int32), before.view(torch.int32)):
+                self.write_master(self._master)
+            self._master = self._opened_residual = None
             self.bind()
 
     def take_in(self) -> None:
@@ -265,8 +272,11 @@ class FlatBuffer:
         if not self.split:
             return weight.clone()
         assert self.state is not None, self
+        return self._join(self.state.read("residual"))
+
+    def _join(self, residual: Tensor) -> Tensor:
         master = torch.empty(self.layout.padded_numel, dtype=torch.float32)
-        join_master(weight.cpu(), self.state.read("residual").cpu(), master)
+        join_master(self.weights.flat().cpu(), residual.cpu(), master)
         return master.to(self.device)
 
     def write_master(self, master: Tensor) -> None:
