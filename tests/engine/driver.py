@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,28 +47,31 @@ class Where:
         return "-".join([self.params, self.optimizer, *flags])
 
 
-def unit_bytes(module: nn.Module, precision: str, units: tuple[str, ...]) -> dict[str, int]:
-    """Return the bytes of gathered weights of each unit: the layout's arithmetic, without the engine's."""
-    found: dict[str, int] = {}
+def buffer_sizes(module: nn.Module, precision: str, units: tuple[str, ...]) -> dict[str, list[tuple[int, int]]]:
+    """Return ``(elements, bytes of one)`` of each unit's flat buffers, by the layout's arithmetic alone."""
+    found: dict[str, list[tuple[int, int]]] = {}
     whole = {id(p) for m in module.modules() if isinstance(m, BATCH_NORM) for p in m.parameters(recurse=False)}
     for plan in find_units(module, MemoryConfig().unit_bytes, units):
         groups: dict[tuple[object, ...], list[nn.Parameter]] = {}
         for _, param in plan.params:
             low = param.dtype == torch.bfloat16 or (precision == "bf16-mixed" and id(param) not in whole)
-            groups.setdefault((low, param.dtype, param.requires_grad), []).append(param)
-        found[plan.name] = sum(
-            FlatLayout.build([p.shape for p in params], 2 if key[0] else 4).padded_numel * (2 if key[0] else 4)
-            for key, params in groups.items()
-        )
+            groups.setdefault((2 if low else 4, param.dtype, param.requires_grad), []).append(param)
+        found[plan.name] = [
+            (FlatLayout.build([p.shape for p in params], itemsize).padded_numel, itemsize)
+            for (itemsize, *_), params in groups.items()
+        ]
     return found
 
 
 def tight_memory(module: nn.Module, precision: str, units: tuple[str, ...]) -> MemoryConfig:
     """Return about the least memory that pages can do with: the largest unit beside the root's, and two tiles."""
-    sizes = unit_bytes(module, precision, units)
-    least = max(sizes.values()) + (sizes[""] if max(sizes.values()) != sizes[""] else 0)
-    tiles = 2 * TILE * 10
-    return MemoryConfig(host_bytes=max(least + tiles, -(-least * 3 // 2)), device_bytes=least)
+    sizes = buffer_sizes(module, precision, units)
+    totals = {name: sum(numel * itemsize for numel, itemsize in buffers) for name, buffers in sizes.items()}
+    least = max(totals.values()) + (totals[""] if max(totals.values()) != totals[""] else 0)
+    buffers = [buffer for unit in sizes.values() for buffer in unit]
+    tile = min(TILE, max(numel for numel, _ in buffers)) * (10 if any(itemsize == 2 for _, itemsize in buffers) else 8)
+    # A third may go to tiles.
+    return MemoryConfig(host_bytes=max(least + 2 * tile, -(-least * 3 // 2)), device_bytes=least)
 
 
 @dataclass
@@ -203,4 +206,4 @@ def train_paged(
         return running.train().result()
 
 
-__all__ = ["CPU", "TILE", "Session", "Where", "replace", "session", "tight_memory", "train_paged", "unit_bytes"]
+__all__ = ["CPU", "TILE", "Session", "Where", "buffer_sizes", "session", "tight_memory", "train_paged"]
