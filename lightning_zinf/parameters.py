@@ -34,7 +34,7 @@ _NAMES_OF_GETTERS = (  # noqa: SIM905
     "is_mkldnn is_nested is_xla is_mps name names retains_grad output_nr"
 ).split()
 _NAMES_OF_METHODS = (  # noqa: SIM905
-    "size dim numel nelement is_contiguous is_complex requires_grad_ register_hook "
+    "size dim numel nelement is_complex requires_grad_ register_hook "
     "register_post_accumulate_grad_hook __len__ ndimension"
 ).split()
 # torch 2.13 dropped some of these (named tensors), hence hasattr; getters are compared with ==, since
@@ -165,9 +165,9 @@ def _described(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
         return True, owner.seen_dtype.itemsize
     if func == Tensor.nbytes.__get__:  # type: ignore[attr-defined]
         return True, owner.seen_dtype.itemsize * _bare(Tensor.numel, args[:1], {})
-    if func == Tensor.stride:
+    if func in (Tensor.stride, Tensor.is_contiguous):
         meta = torch.empty(_bare(Tensor.size, args[:1], {}), device="meta")
-        return True, meta.stride(*args[1:], **kwargs)
+        return True, func(meta, *args[1:], **kwargs)
     return False, None
 
 
