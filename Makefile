@@ -52,7 +52,7 @@ comma := ,
 define ctest
 	$(BIN)/cmake -S ops -B build/$(1) -DCMAKE_BUILD_TYPE=$(2) -DZINF_PYTHON=OFF -DZINF_TESTS=ON -DZINF_SANITIZE=$(3)
 	MAKEFLAGS=--no-print-directory $(BIN)/cmake --build build/$(1) --parallel $(JOBS)
-	$(4) $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error --parallel $(JOBS) --timeout 600
+	$(4) $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error --parallel $(JOBS) --timeout 180
 endef
 
 test-ops: $(VENV)/.installed  ## Run the C++ tests
