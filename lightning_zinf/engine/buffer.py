@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from lightning_zinf.optim.update import Update
 
 
+_UNSHARED = use_count(torch.empty(1))
+"""What :func:`use_count` says of a tensor that nobody else shares."""
+
+
 class FlatBuffer:
     """Parameters of one unit, one dtype.
 
@@ -103,6 +107,11 @@ class FlatBuffer:
     def persistent(self) -> bool:
         """Whether the weights stay where compute reads them."""
         return self.weights.persistent
+
+    @property
+    def flips(self) -> bool:
+        """Whether what compute sees is not what updates act on, so that the user's changes have to be taken over."""
+        return (self.split and self.view_dtype != self.compute_dtype) or self.weights.mirrored
 
     @property
     def trained(self) -> bool:
@@ -245,8 +254,10 @@ class FlatBuffer:
         if self._master is not None:
             flat = self._master
             viewing = sum(p.untyped_storage().data_ptr() == flat.data_ptr() for p in self.params)
-            return use_count(flat) > 1 + viewing
+            return use_count(flat) > _UNSHARED + viewing
         slot = self.weights.slot
+        if slot is not None:
+            slot.wait_writes(self.context.counters)  # a request under way holds on to the memory too
         return slot is not None and slot.use_count_beyond(len(self.params))
 
     def _absorb(self, flat: Tensor) -> None:

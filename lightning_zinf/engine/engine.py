@@ -171,8 +171,8 @@ class Engine:
 
     @staticmethod
     def _flips(unit: Unit) -> bool:
-        """Whether compute and the user see different weights."""
-        return any(b.split and b.view_dtype != b.compute_dtype for b in unit.buffers)
+        """Whether the user's changes outside of a step have to be taken over, since compute sees other memory."""
+        return any(b.flips for b in unit.buffers)
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def _pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -290,13 +290,13 @@ class Engine:
         self._gather([unit])
         self._prefetch()
 
-    def _gather(self, units: list[Unit]) -> None:
+    def _gather(self, units: list[Unit], keep: list[Unit] | None = None) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for unit in units:
                 if unit.state is UnitState.HOST:
                     self._close_host(unit)
             for unit in units:
-                self._start(unit, keep=units)
+                self._start(unit, keep=keep or units)
             for unit in units:
                 if unit.state is UnitState.RESIDENT:
                     if unit in self._held:
@@ -312,13 +312,19 @@ class Engine:
         pinned = {id(u) for f in self._frames for u in f.needs} | {id(u) for u in keep}
         for buffer in unit.buffers:
             while not buffer.start(force=False):
-                victim = self._victim(pinned)
-                if victim is None:
+                if (victim := self._victim(pinned)) is not None:
+                    self._release(victim)
+                elif (opened := self._unseen_host(pinned)) is not None:
+                    self._close_host(opened)
+                else:
                     buffer.start(force=True)
                     break
-                self._release(victim)
         unit.state = UnitState.LOADING
         self._held[unit] = None
+
+    def _unseen_host(self, pinned: set[int]) -> Unit | None:
+        """Return the unit that code outside of a step has used longest ago and no longer sees."""
+        return next((u for u in self._host if id(u) not in pinned and not any(b.seen for b in u.buffers)), None)
 
     def _victim(self, pinned: set[int]) -> Unit | None:
         """Return the unit to evict: what was fetched for the farthest future, else what was needed longest ago."""
@@ -419,7 +425,7 @@ class Engine:
                 if unit.state is UnitState.HOST:
                     self._host.remove(unit)
                 else:
-                    self._gather([unit])
+                    self._gather([unit], keep=units)
                     for buffer in unit.buffers:
                         buffer.open_master()
                     self._held.pop(unit, None)
@@ -436,6 +442,9 @@ class Engine:
             for buffer in unit.buffers:
                 buffer.close_master()
             self.context.drop_scratch()
+            if not unit.persistent:
+                # A graph built outside of a step may have saved the parameters: have it refuse, not read NaN.
+                torch.autograd.graph.increment_version([p for b in unit.buffers for p in b.params])
         self._host.remove(unit)
         self._held[unit] = None
         unit.state = UnitState.RESIDENT
@@ -467,11 +476,19 @@ class Engine:
         if unit.state is UnitState.HOST:
             self._close_host(unit)
         self._gather([unit])
+        self._take_in(unit)
         try:
             yield unit
         finally:
             if not any(unit in f.needs for f in self._frames):
                 self._release(unit)
+
+    @staticmethod
+    def _take_in(unit: Unit) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for buffer in unit.buffers:
+                if buffer.persistent:
+                    buffer.take_in()
 
     # ------------------------------------------------------------------ updates
 
@@ -518,6 +535,8 @@ class Engine:
             if any(b.pending for b in unit.buffers):
                 with self.loaded(unit):
                     pass
+            else:
+                self._take_in(unit)
         self.has_pending = False
         self.context.drain()
 

@@ -330,10 +330,9 @@ class _Builder:
         else:
             buffer.weights.flat().copy_(values)
             buffer.weights.store()
-        if self._paged:
+        buffer.bind()
+        if self._paged or buffer.flips:
             buffer.unbind()
-        else:
-            buffer.bind()
 
 
 def residency(engine: Engine) -> list[tuple[str, str, int]]:

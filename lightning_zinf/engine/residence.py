@@ -32,6 +32,7 @@ class AliasedWeights:
     def __init__(self, buffer: FlatBuffer, slot: Slot | None, extent: Extent | None) -> None:
         assert (slot is None) != (extent is None)
         self.persistent = slot is not None
+        self.mirrored = False
         self.slot = slot
         self.extent = extent
         self._buffer = buffer
@@ -117,6 +118,7 @@ class DeviceWeights:
     def __init__(self, buffer: FlatBuffer, slot: Slot | None, host_plane: Tensor | None, extent: Extent | None) -> None:
         assert slot is not None or (host_plane is None) != (extent is None)
         self.persistent = slot is not None
+        self.mirrored = self.persistent and host_plane is not None
         self.slot = slot
         self.extent = extent
         self._host_plane = host_plane
