@@ -18,6 +18,17 @@ def free_host_bytes() -> int:
     return max(0, min(free))
 
 
+def check_room(nbytes: int, what: str) -> None:
+    """Raise MemoryError, with the numbers, if ``nbytes`` are not free in host memory."""
+    free = free_host_bytes()
+    if nbytes > free:
+        raise MemoryError(
+            f"{what} take {nbytes / 2**30:.2f} GiB as a whole, but only {free / 2**30:.2f} GiB of host memory are "
+            "free: turn whole-file checkpoints off (Trainer(enable_checkpointing=False)) or save on a machine with "
+            "more memory"
+        )
+
+
 def free_device_bytes(device: torch.device) -> int:
     """Return the free bytes of an accelerator's memory; of host memory for a CPU."""
     if device.type == "cuda":

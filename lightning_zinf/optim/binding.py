@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_zinf.ops import AdamHyper, squared_norm
+from lightning_zinf.optim.state_dict import load_optimizer_state_dict, optimizer_state_dict
 from lightning_zinf.optim.update import Update, check_optimizer, clip_coefficient, hyper_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,17 @@ class OptimizerBinding:
         return float(total**0.5)
 
     def clip_by_norm(self, max_norm: float) -> float:
-        """Scale the gradients of the coming step so that their norm is at most ``max_norm``; return the norm before."""
+        """Scale the gradients of the coming step so that their norm is at most ``max_norm``; return the norm before.
+
+        Raises:
+            ValueError: If the gradients of this step have been clipped by value already: the update scales first, and
+                clamps then.
+        """
+        if self.clip_value is not None:
+            raise ValueError(
+                "gradients of one step were clipped by value and then by norm, which the zinf strategy cannot do in "
+                "that order: clip by norm first, or by one of them"
+            )
         norm = self.grad_norm()
         self.grad_scale = clip_coefficient(max_norm, norm)
         return norm
@@ -167,14 +178,10 @@ def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
 
 
 def _state_dict(self: torch.optim.Optimizer) -> dict[str, Any]:
-    from lightning_zinf.checkpoint.full import optimizer_state_dict
-
     return optimizer_state_dict(binding_of(self))
 
 
 def _load_state_dict(self: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    from lightning_zinf.checkpoint.full import load_optimizer_state_dict
-
     load_optimizer_state_dict(binding_of(self), state_dict)
 
 
@@ -209,8 +216,3 @@ def unbind(optimizer: torch.optim.Optimizer) -> None:
     base = getattr(type(optimizer), "_zinf_base", None)
     if base is not None:
         optimizer.__class__ = base
-
-
-def owned_params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters of an optimizer in the order of torch's state dict."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
