@@ -33,7 +33,7 @@ $(VENV)/.created:
 # Where only C++ files changed, there are no dependencies to look at.
 $(VENV)/.installed: $(VENV)/.created $(BUILD_INPUTS)
 	PIP_BUILD_CONSTRAINT=constraints.txt $(PIP) install --quiet --progress-bar off -c constraints.txt \
-		$(if $(filter-out ops/%,$?),-e '.[dev]' cmake,--no-deps -e .)
+		$(if $(filter-out ops/%,$?),-e '.[dev]',--no-deps -e .)
 	touch $@
 
 install: $(VENV)/.installed  ## Create .venv and install the package and its tools in it
