@@ -7,11 +7,15 @@ place for it.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal, Union
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Union
+
+if TYPE_CHECKING:
+    import torch
 
 Offload = Literal["auto", "none", "cpu", "nvme"]
 Tier = Literal["device", "host", "nvme"]
+Precision = Literal["32-true", "bf16-mixed"]
 
 
 def _check_positive(name: str, value: int | None) -> None:
@@ -100,3 +104,32 @@ def check_offload(name: str, value: str) -> None:
     choices = ("auto", "none", "cpu", "nvme")
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """What decides how a model is partitioned; an engine is reused while this stays the same.
+
+    Attributes:
+        device: Where compute runs.
+        precision: Lightning's name of the precision.
+        offload_params: Where weights rest.
+        offload_optimizer: Where optimizer state rests.
+        nvme_path: Folder for what goes to NVMe.
+        units: Class names of modules to take as units.
+        memory: Budgets.
+        overlap: What runs ahead.
+        io: How files are read and written.
+        aliased: Whether host and device are one memory; None means: on a CPU.
+    """
+
+    device: torch.device
+    precision: Precision = "32-true"
+    offload_params: Offload = "auto"
+    offload_optimizer: Offload = "auto"
+    nvme_path: str = "zinf_nvme"
+    units: tuple[str, ...] = ()
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    io: IOConfig = field(default_factory=IOConfig)
+    aliased: bool | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf import _compat
-from lightning_zinf.engine.partition import Precision as Name
+from lightning_zinf.config import Precision as Name
 from lightning_zinf.optim.binding import binding_of
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from torch import Tensor
 from lightning_zinf import _compat, ops
 from lightning_zinf import precision as precisions
 from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict
-from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, check_offload
+from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, PartitionConfig, check_offload
 from lightning_zinf.engine.construction import paged_construction
 from lightning_zinf.engine.engine import Engine
-from lightning_zinf.engine.partition import PartitionConfig, default_nvme_path, describe, engine_of, forget, partition
+from lightning_zinf.engine.partition import default_nvme_path, describe, engine_of, forget, partition
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, states_to_keep
 

@@ -25,10 +25,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lightning_zinf import parameters as paging
-from lightning_zinf.config import IOConfig
+from lightning_zinf.config import IOConfig, PartitionConfig
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
-from lightning_zinf.engine.partition import PartitionConfig
 from lightning_zinf.engine.residence import AliasedWeights
 from lightning_zinf.memory.heap import large_blocks_apart
 from lightning_zinf.memory.machine import free_host_bytes

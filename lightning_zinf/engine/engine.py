@@ -44,7 +44,7 @@ from lightning_zinf.optim.update import Update
 from lightning_zinf.parameters import owner_of
 
 if TYPE_CHECKING:
-    from lightning_zinf.engine.partition import PartitionConfig
+    from lightning_zinf.config import PartitionConfig
 
 MAX_HOST_UNITS = 2
 """Units that code outside of a training step keeps in memory at once, unless it holds on to more."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_zinf import parameters as paging
-from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig
+from lightning_zinf.config import PartitionConfig, Tier
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
+from lightning_zinf.engine.drafts import Draft, check_parameters, draft_buffers, measure
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.residence import AliasedWeights, DeviceWeights
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
@@ -25,48 +25,16 @@ from lightning_zinf.memory.machine import free_device_bytes, free_host_bytes
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.placement import ModelSize, Placement, place, slot_budget, table, tile_count
 from lightning_zinf.memory.slots import Slot, SlotRing
-from lightning_zinf.memory.state import NvmeState, Plane
+from lightning_zinf.memory.state import NvmeState
 from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
 
-Precision = Literal["32-true", "bf16-mixed"]
-_FULL_PRECISION_MODULES = (nn.modules.batchnorm._BatchNorm,)
-"""Their kernels want float32 parameters beside their float32 running statistics, as FSDP keeps them too."""
 _SHOW_PROGRESS_BYTES = 512 * 2**20
 
 _ENGINES: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
 _ATTRIBUTE = "_zinf_engine"
 """Where a model keeps its engine, so that both go together."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class PartitionConfig:
-    """What decides how a model is partitioned; an engine is reused while this stays the same.
-
-    Attributes:
-        device: Where compute runs.
-        precision: Lightning's name of the precision.
-        offload_params: Where weights rest.
-        offload_optimizer: Where optimizer state rests.
-        nvme_path: Folder for what goes to NVMe.
-        units: Class names of modules to take as units.
-        memory: Budgets.
-        overlap: What runs ahead.
-        io: How files are read and written.
-        aliased: Whether host and device are one memory; None means: on a CPU.
-    """
-
-    device: torch.device
-    precision: Precision = "32-true"
-    offload_params: Offload = "auto"
-    offload_optimizer: Offload = "auto"
-    nvme_path: str = "zinf_nvme"
-    units: tuple[str, ...] = ()
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    overlap: OverlapConfig = field(default_factory=OverlapConfig)
-    io: IOConfig = field(default_factory=IOConfig)
-    aliased: bool | None = None
 
 
 def engine_of(module: nn.Module) -> Engine | None:
@@ -105,8 +73,8 @@ def partition(root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Par
     trained_ids = {id(p) for p in trained}
     check_parameters(root, trained_ids)
     counters = Counters()
-    drafts = _draft(plans, config, trained_ids)
-    size = _measure(drafts)
+    drafts = draft_buffers(plans, config.precision, trained_ids)
+    size = measure(drafts)
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
     where = place(
         size,
@@ -132,95 +100,6 @@ def partition(root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Par
     return engine
 
 
-def check_parameters(root: nn.Module, trained: Collection[int]) -> None:
-    """Refuse parameters that cannot be partitioned.
-
-    Raises:
-        ValueError: With the parameter's name and what to do.
-    """
-    for name, param in root.named_parameters():
-        if isinstance(param, nn.UninitializedParameter):
-            raise ValueError(f"parameter {name!r} is lazy and has no shape yet: run one forward before training")
-        if isinstance(param, paging.Released):  # built under paged_construction
-            continue
-        kind = type(param.data)
-        if kind not in (Tensor, nn.Parameter):
-            raise ValueError(
-                f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: the zinf strategy partitions plain "
-                "tensors only (DTensor parameters of tensor parallelism and quantized subclasses are not supported)"
-            )
-        if id(param) in trained and param.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"parameter {name!r} has dtype {param.dtype}, which the zinf strategy does not train: use float32 or "
-                "bfloat16"
-            )
-
-
-@dataclass
-class _Draft:
-    """A flat buffer that is to be built."""
-
-    plan: UnitPlan
-    names: list[str]
-    params: list[nn.Parameter]
-    compute_dtype: torch.dtype
-    trained: bool
-
-    @property
-    def split(self) -> bool:
-        return self.compute_dtype == torch.bfloat16
-
-    @property
-    def padded(self) -> int:
-        from lightning_zinf.layout import FlatLayout
-
-        return FlatLayout.build([p.shape for p in self.params], self.compute_dtype.itemsize).padded_numel
-
-    @property
-    def planes(self) -> tuple[Plane, ...]:
-        low: tuple[Plane, ...] = ("residual",) if self.split else ()
-        return low + (("exp_avg", "exp_avg_sq") if self.trained else ())
-
-
-def _draft(plans: Sequence[UnitPlan], config: PartitionConfig, trained: Collection[int]) -> list[_Draft]:
-    """Sort each unit's parameters into buffers by dtype and by whether an optimizer updates them."""
-    full = {
-        id(p)
-        for plan in plans
-        for m in plan.module.modules()
-        if isinstance(m, _FULL_PRECISION_MODULES)
-        for p in m.parameters(recurse=False)
-    }
-    drafts: list[_Draft] = []
-    for plan in plans:
-        groups: dict[tuple[torch.dtype, torch.dtype, bool], _Draft] = {}
-        for name, param in plan.params:
-            if param.dtype not in (torch.float32, torch.bfloat16):
-                continue  # stays where it is, on the device
-            compute = param.dtype
-            if config.precision == "bf16-mixed" and id(param) not in full:
-                compute = torch.bfloat16
-            key = (compute, param.dtype, id(param) in trained)
-            draft = groups.setdefault(key, _Draft(plan, [], [], compute, key[2]))
-            draft.names.append(name)
-            draft.params.append(param)
-        drafts.extend(groups.values())
-    return drafts
-
-
-def _measure(drafts: Sequence[_Draft]) -> ModelSize:
-    units: dict[int, int] = {}
-    weights = state = gradients = 0
-    for draft in drafts:
-        nbytes = draft.padded * draft.compute_dtype.itemsize
-        weights += nbytes
-        gradients += nbytes if draft.trained else 0
-        state += NvmeState.bytes_needed(draft.padded, draft.planes)
-        units[id(draft.plan)] = units.get(id(draft.plan), 0) + nbytes
-    root = next((n for d in drafts if d.plan.name == "" and (n := units[id(d.plan)])), 0)
-    return ModelSize(weights, state, gradients, max(units.values(), default=0), root)
-
-
 class _Builder:
     """Builds buffers one unit after the other, so that no more than one unit is in memory twice."""
 
@@ -232,15 +111,17 @@ class _Builder:
         aliased = context.aliased
         self._paged = where.params == "nvme" or (where.params == "host" and not aliased)
 
-    def _state_tier(self, draft: _Draft) -> str:
-        return self._where.optimizer if draft.trained else self._where.params
+    def _state_tier(self, draft: Draft) -> Tier:
+        return self._where.optimizer if draft.learns else self._where.params
 
-    def install(self, drafts: Sequence[_Draft]) -> None:
+    def install(self, drafts: Sequence[Draft]) -> None:
         """Make the rings and reserve the room on NVMe that the plan needs."""
         config, context, size = self._config, self._context, self._size
         memory = config.memory
         on_nvme = size.weights if self._where.params == "nvme" else 0
-        on_nvme += sum(NvmeState.bytes_needed(d.padded, d.planes) for d in drafts if self._state_tier(d) == "nvme")
+        on_nvme += sum(
+            NvmeState.bytes_needed(d.padded, d.later_planes) for d in drafts if self._state_tier(d) == "nvme"
+        )
         host_asked = memory.host_bytes
         if "nvme" in (self._where.params, self._where.optimizer):
             store = NvmeStore(config.nvme_path, config.io, context.counters)
@@ -248,7 +129,7 @@ class _Builder:
             store.reserve(on_nvme)
             width = 10 if any(d.split for d in drafts) else 8
             numel = min(config.io.tile_numel, max((d.padded for d in drafts), default=4096))
-            largest = max((NvmeState.bytes_needed(d.padded, d.planes) for d in drafts), default=0)
+            largest = max((NvmeState.bytes_needed(d.padded, d.later_planes) for d in drafts), default=0)
             share = None if host_asked is None else host_asked // 3
             tiles = tile_count(
                 share, numel * width, largest if self._where.optimizer == "nvme" else 0, free_host_bytes()
@@ -268,7 +149,7 @@ class _Builder:
             staging = slot_budget(size, host_asked, free_host_bytes(), "memory.host_bytes")
             context.install(staging=SlotRing(staging, context.allocate_host, context.counters))
 
-    def build(self, plans: Sequence[UnitPlan], drafts: Sequence[_Draft]) -> list[Unit]:
+    def build(self, plans: Sequence[UnitPlan], drafts: Sequence[Draft]) -> list[Unit]:
         """Build every unit, the root's last."""
         by_plan: dict[int, list[FlatBuffer]] = {id(plan): [] for plan in plans}
         for draft in self._progress(drafts):
@@ -276,7 +157,7 @@ class _Builder:
         kept = [p for p in plans if by_plan[id(p)] and p.name] + [p for p in plans if not p.name]
         return [Unit(i, p.name, p.module, by_plan[id(p)]) for i, p in enumerate(kept)]
 
-    def _progress(self, drafts: Sequence[_Draft]) -> Iterator[_Draft]:
+    def _progress(self, drafts: Sequence[Draft]) -> Iterator[Draft]:
         if self._size.weights < _SHOW_PROGRESS_BYTES or not sys.stderr.isatty():
             yield from drafts
             return
@@ -285,14 +166,13 @@ class _Builder:
 
         yield from track(drafts, "Partitioning", console=Console(stderr=True), transient=True)
 
-    def _buffer(self, draft: _Draft) -> FlatBuffer:
+    def _buffer(self, draft: Draft) -> FlatBuffer:
         context = self._context
         label = "/".join([draft.plan.name or "<root>", str(draft.compute_dtype).removeprefix("torch.")])
         buffer = FlatBuffer(label, draft.names, draft.params, draft.compute_dtype, context)
         master = self._take_values(buffer)
         if draft.planes:
-            tier = self._where.optimizer if draft.trained else self._where.params
-            buffer.state = context.new_state(buffer.layout.padded_numel, draft.planes, tier)
+            buffer.state = context.new_state(buffer.layout.padded_numel, draft.planes, self._state_tier(draft))
         self._settle(buffer, master)
         return buffer
 

@@ -1,0 +1,130 @@
+"""What a model's flat buffers will be, before any of them is built."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_zinf import parameters as paging
+from lightning_zinf.config import Precision
+from lightning_zinf.engine.units import UnitPlan
+from lightning_zinf.layout import FlatLayout
+from lightning_zinf.memory.placement import ModelSize
+from lightning_zinf.memory.state import NvmeState, Plane
+
+_FULL_PRECISION_MODULES = (nn.modules.batchnorm._BatchNorm,)
+"""Their kernels want float32 parameters beside their float32 running statistics, as FSDP keeps them too."""
+
+
+def check_parameters(root: nn.Module, trained: Collection[int]) -> None:
+    """Refuse parameters that cannot be partitioned.
+
+    Raises:
+        ValueError: With the parameter's name and what to do.
+    """
+    for name, param in root.named_parameters():
+        if isinstance(param, nn.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} is lazy and has no shape yet: run one forward before training")
+        if isinstance(param, paging.Released):  # built under paged_construction
+            continue
+        kind = type(param.data)
+        if kind not in (Tensor, nn.Parameter):
+            raise ValueError(
+                f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: the zinf strategy partitions plain "
+                "tensors only (DTensor parameters of tensor parallelism and quantized subclasses are not supported)"
+            )
+        if id(param) in trained and param.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"parameter {name!r} has dtype {param.dtype}, which the zinf strategy does not train: use float32 or "
+                "bfloat16"
+            )
+
+
+@dataclass
+class Draft:
+    """A flat buffer that is to be built.
+
+    Attributes:
+        plan: Its unit.
+        names: Fully qualified names of its parameters.
+        params: Its parameters.
+        compute_dtype: Dtype of the weight plane.
+        trained: Whether an optimizer updates it now.
+        learns: Whether one will. Before there are optimizers (``validate`` before ``fit``), every parameter that
+            requires grad will, so that the plan is the same then and later.
+    """
+
+    plan: UnitPlan
+    names: list[str]
+    params: list[nn.Parameter]
+    compute_dtype: torch.dtype
+    trained: bool
+    learns: bool
+
+    @property
+    def split(self) -> bool:
+        """Whether the weight plane is the high half of the master."""
+        return self.compute_dtype == torch.bfloat16
+
+    @property
+    def padded(self) -> int:
+        """Elements of the flat buffer, padding included."""
+        return FlatLayout.build([p.shape for p in self.params], self.compute_dtype.itemsize).padded_numel
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The planes of state that it has now."""
+        return self._planes(self.trained)
+
+    @property
+    def later_planes(self) -> tuple[Plane, ...]:
+        """The planes of state that it will have in training."""
+        return self._planes(self.learns)
+
+    def _planes(self, moments: bool) -> tuple[Plane, ...]:
+        low: tuple[Plane, ...] = ("residual",) if self.split else ()
+        return low + (("exp_avg", "exp_avg_sq") if moments else ())
+
+
+def draft_buffers(plans: Sequence[UnitPlan], precision: Precision, trained: Collection[int]) -> list[Draft]:
+    """Sort each unit's parameters into buffers by dtype and by whether an optimizer updates them."""
+    full = {
+        id(p)
+        for plan in plans
+        for m in plan.module.modules()
+        if isinstance(m, _FULL_PRECISION_MODULES)
+        for p in m.parameters(recurse=False)
+    }
+    drafts: list[Draft] = []
+    for plan in plans:
+        groups: dict[tuple[torch.dtype, torch.dtype, bool], Draft] = {}
+        for name, param in plan.params:
+            if param.dtype not in (torch.float32, torch.bfloat16):
+                continue  # stays where it is, on the device
+            compute = param.dtype
+            if precision == "bf16-mixed" and id(param) not in full:
+                compute = torch.bfloat16
+            learns = id(param) in trained if trained else param.requires_grad
+            key = (compute, param.dtype, learns)
+            draft = groups.setdefault(key, Draft(plan, [], [], compute, learns and bool(trained), learns))
+            draft.names.append(name)
+            draft.params.append(param)
+        drafts.extend(groups.values())
+    return drafts
+
+
+def measure(drafts: Sequence[Draft]) -> ModelSize:
+    """Return the sizes of the model that the plan of where to put it goes by."""
+    units: dict[int, int] = {}
+    weights = state = gradients = 0
+    for draft in drafts:
+        nbytes = draft.padded * draft.compute_dtype.itemsize
+        weights += nbytes
+        gradients += nbytes if draft.learns else 0
+        state += NvmeState.bytes_needed(draft.padded, draft.later_planes)
+        units[id(draft.plan)] = units.get(id(draft.plan), 0) + nbytes
+    root = next((n for d in drafts if d.plan.name == "" and (n := units[id(d.plan)])), 0)
+    return ModelSize(weights, state, gradients, max(units.values(), default=0), root)
