@@ -47,6 +47,7 @@ _METADATA |= {torch.is_complex, torch.numel}
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _DEVICE = Tensor.device.__get__
+_DATA = (_TENSOR.data.__get__, _TENSOR.data.__set__, Tensor.__setitem__)
 _FLOATING = (Tensor.is_floating_point, torch.is_floating_point)
 
 
@@ -59,8 +60,13 @@ class Owner(Protocol):
     def seen_dtype(self) -> torch.dtype:
         """Dtype that a use of the parameters would find now."""
 
-    def fault(self, owners: list[Owner]) -> None:
-        """Make every buffer of ``owners`` resident."""
+    def fault(self, owners: list[Owner], writes: bool) -> None:
+        """Make every buffer of ``owners`` resident.
+
+        Args:
+            owners: The owners of all released parameters of one call.
+            writes: Whether the call may change them.
+        """
 
 
 _OWNERS: dict[int, tuple[Callable[[], Owner | None], int, weakref.ref[Tensor]]] = {}
@@ -120,7 +126,7 @@ class Released:
             return func(args[0], tuple(map(_gradient_edge, args[1])), **kwargs)
         if func is torch.autograd.backward and kwargs.get("inputs") is not None:
             return func(*args, **{**kwargs, "inputs": tuple(map(_gradient_edge, kwargs["inputs"]))})
-        _fault(tree_flatten((args, kwargs))[0])
+        _fault(tree_flatten((args, kwargs))[0], writes=_writes(func, kwargs))
         out = func(*args, **kwargs)
         if func == Tensor.detach and type(args[0]) is not Tensor and isinstance(out, Tensor):
             # nn.Parameter(p) insists that detach() keeps the type.
@@ -171,7 +177,15 @@ def _described(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     return False, None
 
 
-def _fault(leaves: Iterable[object]) -> None:
+def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a torch function may change its arguments, now or through what it returns."""
+    if func in _DATA or "out" in kwargs:
+        return True
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _fault(leaves: Iterable[object], *, writes: bool = False) -> None:
     owners: list[Owner] = []
     for leaf in leaves:
         if isinstance(leaf, Released):
@@ -184,7 +198,7 @@ def _fault(leaves: Iterable[object]) -> None:
             if entry[0] not in owners:
                 owners.append(entry[0])
     if owners:
-        owners[0].fault(owners)
+        owners[0].fault(owners, writes)
 
 
 @functools.cache

@@ -136,9 +136,9 @@ class FlatBuffer:
         """Whether optimizer steps wait until the weights are next needed."""
         return self.state is not None and (self.state.offloaded or not self.persistent)
 
-    def fault(self, owners: list[Any]) -> None:
+    def fault(self, owners: list[Any], writes: bool) -> None:
         """Make every buffer of ``owners`` resident (a released parameter was used)."""
-        self.context.fault(owners)
+        self.context.fault(owners, writes)
 
     # ------------------------------------------------------------------ loading
 
@@ -156,8 +156,13 @@ class FlatBuffer:
         updated = bool(self.pending)
         while self.pending:
             assert self.state is not None, self
-            with self.context.counters.timed("update_seconds"):
-                self.pending[0].apply(self, self.weights.host(), self.state)
+            try:
+                with self.context.counters.timed("update_seconds"):
+                    self.pending[0].apply(self, self.weights.host(), self.state)
+            except BaseException:
+                if self.pending[0].done:  # what is updated so far goes home, to be gone on with from there
+                    self.weights.publish(updated=True)
+                raise
             self.pending.pop(0)
             self.touched()
         self.weights.publish(updated=updated)

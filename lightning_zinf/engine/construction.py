@@ -104,7 +104,7 @@ class ConstructionPager:
         page.unbind()
         self.pages += 1
 
-    def _on_fault(self, owners: list[Any]) -> None:
+    def _on_fault(self, owners: list[Any], writes: bool) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for page in owners:
                 self._open.pop(page, None)

@@ -38,7 +38,7 @@ class EngineContext:
         self.optimizer_tier = optimizer_tier
         self.counters = counters
         self.aliased = device.type == "cpu" if aliased is None else aliased
-        self.fault: Callable[[list[Any]], None] = _nobody
+        self.fault: Callable[[list[Any], bool], None] = _nobody
         self.computing: Callable[[], bool] = _never
         self.retire: Callable[[Any], None] = _nobody
         self._ring: SlotRing | None = None
@@ -210,7 +210,7 @@ def _never() -> bool:
     return False
 
 
-def _nobody(_: Any) -> None:
+def _nobody(*_: Any) -> None:
     raise RuntimeError("this parameter belongs to another engine: call its dissolve() before partitioning again")
 
 

@@ -1,4 +1,4 @@
-"""The engine: which units are resident when, and who makes them so.
+"""The engine: frames, hooks and faults, which tell the pager what is needed when.
 
 Note [Life of a unit]
 ~~~~~~~~~~~~~~~~~~~~~
@@ -11,14 +11,15 @@ parameters, units whose inputs needed no gradient.
 
 All of this is for speed alone. What makes results right are the fault (a released parameter that is used comes), the
 saved-tensor net (autograd never holds a slot) and the storage use count (a slot somebody sees is never reused). So any
-unit may be evicted at any time, and a full ring evicts the one whose use is longest ago.
+unit may be evicted at any time.
 
 Note [Frames]
 ~~~~~~~~~~~~~
 Compute happens inside of frames: the strategy opens one around every step, and each unit's forward is one. What touches
 a parameter inside of a frame or in backward sees the weight that compute uses. What touches it outside sees the master,
 for as long as it holds on to it or until two other units have been touched, and may change it. So in mixed precision a
-forward outside of a step computes with the float32 master, as it would after any other strategy.
+forward outside of a step computes with the float32 master, as it would after any other strategy. A released parameter
+that is changed inside of a step (clipping the weights of a critic, say) opens its master too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,17 +38,13 @@ from torch.utils._pytree import tree_leaves
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.net import SavedTensorNet
-from lightning_zinf.engine.schedule import Schedule
-from lightning_zinf.engine.units import Unit, UnitState
+from lightning_zinf.engine.pager import Pager
+from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.placement import Placement
 from lightning_zinf.optim.update import Update
-from lightning_zinf.parameters import owner_of
 
 if TYPE_CHECKING:
     from lightning_zinf.config import PartitionConfig
-
-MAX_HOST_UNITS = 2
-"""Units that code outside of a training step keeps in memory at once, unless it holds on to more."""
 
 
 @dataclass(eq=False)
@@ -97,27 +94,18 @@ class Engine:
         self.units = units
         self.context = context
         self.counters = context.counters
-        self.schedule = Schedule()
-        self._prefetch_on = prefetch
-        self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
+        self.pager = Pager(units, context, self._live, prefetch=prefetch)
         self._needs: dict[nn.Module, list[Unit]] = {}
-        self.has_pending = False
         self.placement: Placement
         self.config: PartitionConfig
         self._frames: list[Frame] = []
-        self._held: dict[Unit, None] = {}  # resident or loading, least recently needed first
-        self._host: list[Unit] = []  # HOST, least recently needed first
         self._in_backward_callback = False
         self._backward_nets = 0
-        self._net = SavedTensorNet(self)
+        self._net = SavedTensorNet(self.pager)
         self._needs_net = any(not u.persistent for u in units)
-        self._any_moves = any(self._moves(u) for u in units)
-        self._by_storage: dict[int, FlatBuffer] = {}
-        self._any_flips = any(self._flips(u) for u in units)
-        self._flipping = [u for u in units if self._flips(u) and not self._moves(u)]
-        for unit in units:
-            if not self._moves(unit) and not self._flips(unit):
-                unit.state = UnitState.RESIDENT  # for good
+        self._any_moves = any(u.moves for u in units)
+        self._any_flips = any(u.flips for u in units)
+        self._flipping = [u for u in units if u.flips and not u.moves]
         self._handles: list[Any] = []
         context.fault = self._on_fault
         context.computing = self._computing
@@ -136,7 +124,7 @@ class Engine:
     def _install_hooks(self) -> None:
         self._needs[self.root] = [self.units[-1]]
         for unit in self.units:
-            if self._moves(unit) and unit.module is not self.root:
+            if unit.moves and unit.module is not self.root:
                 self._needs[unit.module] = [unit]
         for module, unit in self._borrowers():
             needs = self._needs.setdefault(module, [])
@@ -161,18 +149,8 @@ class Engine:
         for module in self.root.modules():
             for param in module._parameters.values():
                 found = None if param is None else self.unit_of(param)
-                if found is not None and self._moves(found[0]) and module not in inside[found[0].index]:
+                if found is not None and found[0].moves and module not in inside[found[0].index]:
                     yield module, found[0]
-
-    @staticmethod
-    def _moves(unit: Unit) -> bool:
-        """Whether anything has to happen before the unit computes."""
-        return any(not b.persistent or b.deferred for b in unit.buffers)
-
-    @staticmethod
-    def _flips(unit: Unit) -> bool:
-        """Whether the user's changes outside of a step have to be taken over, since compute sees other memory."""
-        return any(b.flips for b in unit.buffers)
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def _pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -197,8 +175,8 @@ class Engine:
             backward.
         """
         if not self._frames and not in_backward():
-            self._flush_host()
-            self.schedule.begin(kind)
+            self.pager.flush_host()
+            self.pager.schedule.begin(kind)
         outputs: list[Any] = []
         try:
             self._push(self.root, None)
@@ -211,25 +189,25 @@ class Engine:
         frame = Frame(module, list(self._needs[key]))
         self._frames.append(frame)
         if len(self._frames) == 1 and not in_backward():
-            self._flush_host()
-            self._gather(self._flipping)
+            self.pager.flush_host()
+            self.pager.gather(self._flipping)
             if self._needs_net and torch.is_grad_enabled():
                 self._net.enter()
                 frame.net = True
         for needed in frame.needs:
-            self._need(needed)
+            self.pager.need(needed)
 
     def _pop(self, output: Any) -> None:
         frame = self._frames.pop()
         if frame.net:
             self._net.exit()
         if not in_backward():  # after recomputation, the backward that follows needs the weights
-            live = {id(u) for f in self._frames for u in f.needs}
+            live = self._live()
             for unit in frame.needs:
-                if id(unit) not in live:
-                    self._release(unit)
+                if unit.index not in live:
+                    self.pager.release(unit)
             if not self._frames:
-                self._release_all()
+                self.pager.release_idle()
         if torch.is_grad_enabled() and any(not u.persistent for u in frame.needs):
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -239,10 +217,10 @@ class Engine:
     def _pre_backward(self, needs: list[Unit], grad: Tensor) -> None:
         self._queue_callback()
         wanted = {id(u) for u in needs}
-        for unit in [u for u in self._held if not u.has_trainable and id(u) not in wanted]:
-            self._release(unit)  # nothing will tell when a frozen unit is done; the next unit's turn does
+        for unit in [u for u in self.pager.held if not u.has_trainable and id(u) not in wanted]:
+            self.pager.release(unit)  # nothing will tell when a frozen unit is done; the next unit's turn does
         for unit in needs:
-            self._need(unit)
+            self.pager.need(unit)
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def _on_grad(self, unit: Unit, key: tuple[int, int]) -> None:
@@ -252,8 +230,12 @@ class Engine:
         unit.fired.add(key)
         if unit.fired >= unit.expected():
             unit.fired.clear()
-            if not any(unit in f.needs for f in self._frames):
-                self._release(unit)
+            if unit.index not in self._live():
+                self.pager.release(unit)
+
+    def _live(self) -> set[int]:
+        """Return the index of every unit that running frames need."""
+        return {u.index for f in self._frames for u in f.needs}
 
     def _computing(self) -> bool:
         """Whether a use of a parameter now is one of a step."""
@@ -268,12 +250,7 @@ class Engine:
         self._in_backward_callback = False
         for unit in self.units:
             unit.fired.clear()
-        self._release_all()
-
-    def _release_all(self) -> None:
-        live = {id(u) for f in self._frames for u in f.needs}
-        for unit in [u for u in self._held if id(u) not in live and u.state is UnitState.RESIDENT]:
-            self._release(unit)
+        self.pager.release_idle()
 
     def reset(self) -> None:
         """Get ready for the next step after an exception left frames open."""
@@ -282,132 +259,20 @@ class Engine:
                 self._net.exit()
         self._after_backward()
 
-    # ------------------------------------------------------------------ gathering
-
-    def _need(self, unit: Unit) -> None:
-        """Make a unit resident for compute, and fetch ahead."""
-        self.schedule.touch(unit.index)
-        self._gather([unit])
-        self._prefetch()
-
-    def _gather(self, units: list[Unit], keep: list[Unit] | None = None) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for unit in units:
-                if unit.state is UnitState.HOST:
-                    self._close_host(unit)
-            for unit in units:
-                self._start(unit, keep=keep or units)
-            for unit in units:
-                if unit.state is UnitState.RESIDENT:
-                    if unit in self._held:
-                        self._held.pop(unit)
-                        self._held[unit] = None
-                else:
-                    self._finish(unit)
-
-    def _start(self, unit: Unit, keep: list[Unit]) -> None:
-        """Start loading, evicting whatever has to go."""
-        if unit.state in (UnitState.LOADING, UnitState.RESIDENT):
-            return
-        pinned = {id(u) for f in self._frames for u in f.needs} | {id(u) for u in keep}
-        for buffer in unit.buffers:
-            while not buffer.start(force=False):
-                if (victim := self._victim(pinned)) is not None:
-                    self._release(victim)
-                elif (opened := self._unseen_host(pinned)) is not None:
-                    self._close_host(opened)
-                else:
-                    buffer.start(force=True)
-                    break
-        unit.state = UnitState.LOADING
-        self._held[unit] = None
-
-    def _unseen_host(self, pinned: set[int]) -> Unit | None:
-        """Return the unit that code outside of a step has used longest ago and no longer sees."""
-        return next((u for u in self._host if id(u) not in pinned and not any(b.seen for b in u.buffers)), None)
-
-    def _victim(self, pinned: set[int]) -> Unit | None:
-        """Return the unit to evict: what was fetched for the farthest future, else what was needed longest ago."""
-        spare = [u for u in self._held if id(u) not in pinned and not u.persistent]
-        loading = [u for u in spare if u.state is UnitState.LOADING]
-        return loading[-1] if loading else next(iter(spare), None)
-
-    def _finish(self, unit: Unit) -> None:
-        try:
-            for buffer in unit.buffers:
-                buffer.load()
-        except BaseException:
-            self._release(unit)
-            raise
-        for buffer in unit.buffers:
-            buffer.bind()
-            if not buffer.persistent:
-                self._by_storage[buffer.storage_key()] = buffer
-        unit.state = UnitState.RESIDENT
-        self.counters.gathers += 1
-
-    def _release(self, unit: Unit, *, stale: bool = False) -> None:
-        """Give a unit's slots back.
-
-        Args:
-            unit: The unit.
-            stale: Its weights are out of date, so also weights that stay in place must not be used as they are.
-        """
-        if unit.state not in (UnitState.LOADING, UnitState.RESIDENT):
-            return
-        if unit.persistent and not stale and not self._flips(unit):
-            return
-        self._held.pop(unit, None)
-        unit.state = UnitState.RELEASED
-        with torch.inference_mode(False):
-            for buffer in unit.buffers:
-                if buffer.bound == "compute" and not buffer.persistent:
-                    self._by_storage.pop(buffer.storage_key(), None)
-                buffer.unbind()
-
-    def _prefetch(self, *, wrap: bool = False) -> None:
-        if not self._prefetch_on or not self._any_moves:
-            return
-        for unit in self._held:
-            if unit.state is UnitState.LOADING:
-                unit.prefetch_state()
-        with torch.inference_mode(False), torch.no_grad():
-            self._start_ahead(wrap=wrap)
-
-    def _start_ahead(self, *, wrap: bool) -> None:
-        """Start to load what the recorded order expects next, until no slot is free."""
-        for index in self.schedule.ahead(wrap=wrap):
-            unit = self.units[index]
-            if unit.state is not UnitState.RELEASED or not self._moves(unit):
-                continue
-            started: list[FlatBuffer] = []
-            for buffer in unit.buffers:
-                if not buffer.start(force=False):
-                    for other in started:
-                        other.weights.leave()
-                    return
-                started.append(buffer)
-            unit.state = UnitState.LOADING
-            self._held[unit] = None
-
-    # ------------------------------------------------------------------ faults and the user's view
+    # ------------------------------------------------------------------ faults
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
-    def _on_fault(self, owners: list[Any]) -> None:
+    def _on_fault(self, owners: list[Any], writes: bool) -> None:
         self.counters.faults += 1
-        units: list[Unit] = []
-        for owner in owners:
-            unit = self._unit_of[id(owner)]
-            if unit not in units:
-                units.append(unit)
-        if self._computing():
+        units = list(dict.fromkeys(self.pager.unit_with(owner) for owner in owners))
+        if self._computing() and not (writes and self._live().isdisjoint(u.index for u in units)):
             for unit in units:
-                self.schedule.touch(unit.index)
-            self._gather(units)
+                self.pager.schedule.touch(unit.index)
+            self.pager.gather(units)
             if self._frames:
                 self._remember(self._frames[-1], units)
         else:
-            self._open_host(units)
+            self.pager.open_host(units)
 
     def _remember(self, frame: Frame, units: list[Unit]) -> None:
         """A unit that is used in another's forward is gathered along with it from now on, and in its backward."""
@@ -419,101 +284,11 @@ class Engine:
                 if unit not in needs:
                     needs.append(unit)
 
-    def _open_host(self, units: list[Unit]) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for unit in units:
-                if unit.state is UnitState.HOST:
-                    self._host.remove(unit)
-                else:
-                    self._gather([unit], keep=units)
-                    for buffer in unit.buffers:
-                        buffer.open_master()
-                    self._held.pop(unit, None)
-                    unit.state = UnitState.HOST
-                self._host.append(unit)
-            spare = [u for u in self._host if u not in units]
-            for unit in spare[: max(0, len(self._host) - max(MAX_HOST_UNITS, len(units)))]:
-                if not any(b.seen for b in unit.buffers):
-                    self._close_host(unit)
-
-    def _close_host(self, unit: Unit) -> None:
-        """Take the user's changes to a unit back and release it."""
-        with torch.inference_mode(False), torch.no_grad():
-            for buffer in unit.buffers:
-                buffer.close_master()
-            self.context.drop_scratch()
-            if not unit.persistent:
-                # A graph built outside of a step may have saved the parameters: have it refuse, not read NaN.
-                torch.autograd.graph.increment_version([p for b in unit.buffers for p in b.params])
-        self._host.remove(unit)
-        self._held[unit] = None
-        unit.state = UnitState.RESIDENT
-        self._release(unit)
-
-    def _flush_host(self) -> None:
-        for unit in list(self._host):
-            self._close_host(unit)
-
-    # ------------------------------------------------------------------ for the net
-
-    def buffer_at(self, storage: int) -> FlatBuffer | None:
-        """Return the paged buffer whose slot has this storage, if any."""
-        return self._by_storage.get(storage)
-
-    def refill(self, buffer: FlatBuffer) -> Tensor:
-        """Make the buffer's unit resident for backward and return the flat weights."""
-        unit = self._unit_of[id(buffer)]
-        if unit.state is not UnitState.RESIDENT:
-            self.counters.refills += 1
-            self._gather([unit])
-        return buffer.weights.flat()
-
-    # ------------------------------------------------------------------ flushing
-
-    @contextmanager
-    def loaded(self, unit: Unit) -> Iterator[Unit]:
-        """Have a unit's weights loaded and its updates applied, to read or replace whole planes."""
-        if unit.state is UnitState.HOST:
-            self._close_host(unit)
-        self._gather([unit])
-        self._take_in(unit)
-        try:
-            yield unit
-        finally:
-            if not any(unit in f.needs for f in self._frames):
-                self._release(unit)
-
-    @staticmethod
-    def _take_in(unit: Unit) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for buffer in unit.buffers:
-                if buffer.persistent:
-                    buffer.take_in()
-
-    # ------------------------------------------------------------------ updates
-
-    def update(self, buffer: FlatBuffer, update: Update) -> None:
-        """Apply an optimizer step to a buffer, now or when its weights are next needed."""
-        unit = self._unit_of[id(buffer)]
-        with torch.inference_mode(False), torch.no_grad():
-            if unit.state is UnitState.HOST:
-                self._close_host(unit)
-            buffer.pending.append(update)
-            if buffer.deferred:
-                self._release(unit, stale=True)
-                self.has_pending = True
-            else:
-                buffer.take_in()
-                buffer.load()
-                torch.autograd.graph.increment_version(buffer.params)
-
-    def prefetch_next_step(self) -> None:
-        """Start to fetch what the next step begins with."""
-        self._prefetch(wrap=True)
+    # ------------------------------------------------------------------ what the strategy and the optimizers call
 
     def before_backward(self) -> None:
         """Make room for the gradients of a backward that is about to start."""
-        self._gather(self._flipping)
+        self.pager.gather(self._flipping)
         for unit in self.units:
             for buffer in unit.buffers:
                 buffer.gradients.before_backward()
@@ -528,40 +303,42 @@ class Engine:
             self._net.exit()
         self._after_backward()
 
+    def update(self, buffer: FlatBuffer, update: Update) -> None:
+        """Apply an optimizer step to a buffer, now or when its weights are next needed."""
+        self.pager.update(buffer, update)
+
+    def stepped(self) -> None:
+        """An optimizer step is complete: start to fetch what the next training step begins with."""
+        if self.pager.has_pending:
+            self.pager.prefetch(wrap=True)
+
+    def loaded(self, unit: Unit) -> AbstractContextManager[Unit]:
+        """Have a unit's weights loaded and its updates applied, to read or replace whole planes."""
+        return self.pager.loaded(unit)
+
     def flush(self) -> None:
         """Apply every pending update, take in the user's changes, and wait for every write."""
-        self._flush_host()
-        for unit in self.units:
-            if any(b.pending for b in unit.buffers):
-                with self.loaded(unit):
-                    pass
-            else:
-                self._take_in(unit)
-        self.has_pending = False
-        self.context.drain()
+        self.pager.flush()
 
     def release_host(self) -> None:
         """Take in what code outside of a step did to parameters, and release them."""
-        self._flush_host()
+        self.pager.flush_host()
+
+    def unit_of(self, param: nn.Parameter) -> tuple[Unit, FlatBuffer, int] | None:
+        """Return where a parameter lives, or None if this engine does not manage it."""
+        return self.pager.unit_of(param)
 
     def dissolve(self) -> None:
         """Turn every parameter back into an ordinary tensor with the master's value, and give all memory back.
 
         Optimizer state is lost. The model must fit into the accelerator's memory.
         """
-        self.flush()
+        self.pager.flush()
         for handle in self._handles:
             handle.remove()
         for unit in self.units:
-            with self.loaded(unit), torch.inference_mode(False), torch.no_grad():
+            with self.pager.loaded(unit), torch.inference_mode(False), torch.no_grad():
                 values = [[v.to(b.view_dtype, copy=True) for v in b.views_of(b.read_master())] for b in unit.buffers]
             for buffer, tensors in zip(unit.buffers, values, strict=True):
                 buffer.let_go(tensors)
         self.context.close()
-
-    def unit_of(self, param: nn.Parameter) -> tuple[Unit, FlatBuffer, int] | None:
-        """Return where a parameter lives, or None if this engine does not manage it."""
-        entry = owner_of(param)
-        if entry is None or id(entry[0]) not in self._unit_of:
-            return None
-        return self._unit_of[id(entry[0])], entry[0], entry[1]

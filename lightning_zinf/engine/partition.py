@@ -131,6 +131,8 @@ class _Builder:
             numel = min(config.io.tile_numel, max((d.padded for d in drafts), default=4096))
             largest = max((NvmeState.bytes_needed(d.padded, d.later_planes) for d in drafts), default=0)
             share = None if host_asked is None else host_asked // 3
+            if share is not None:  # a small budget gets small tiles, two at least
+                numel = min(numel, max(share // (2 * width) // 4096 * 4096, 4096))
             tiles = tile_count(
                 share, numel * width, largest if self._where.optimizer == "nvme" else 0, free_host_bytes()
             )

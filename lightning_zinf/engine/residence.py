@@ -148,8 +148,9 @@ class DeviceWeights:
             self._stale = not hit
             if hit and not pending:
                 self._context.counters.reused_bytes += self._buffer.weight_bytes
-        if self._stale or pending:
-            self._stage(read=True)
+        if (self._stale or pending) and not self._stage(read=True, force=force):
+            self.leave()
+            return False
         return True
 
     def claim(self) -> None:
@@ -213,16 +214,19 @@ class DeviceWeights:
         """The engine's context (for messages and stalls)."""
         return self._context
 
-    def _stage(self, *, read: bool) -> None:
+    def _stage(self, *, read: bool, force: bool = True) -> bool:
+        """Have the weights in host memory; return False if there is no room for them now and ``force`` is not set."""
         if self._host_plane is not None or self.extent is None or self._staged is not None:
-            return
-        got = self._context.staging.acquire(self._buffer.weight_bytes, self._buffer, force=True)
-        assert got is not None
+            return True
+        got = self._context.staging.acquire(self._buffer.weight_bytes, self._buffer, force=force)
+        if got is None:
+            return False
         self._staged, hit = got
         if read and hit:
             self._context.counters.reused_bytes += self._buffer.weight_bytes
         elif read:
             self._tickets.append(self._context.nvme.read(self.extent, self.host()))
+        return True
 
     def _unstage(self) -> None:
         if self._staged is not None:

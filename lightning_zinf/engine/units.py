@@ -79,6 +79,16 @@ class Unit:
         return all(b.persistent for b in self.buffers)
 
     @property
+    def moves(self) -> bool:
+        """Whether anything has to happen before it computes."""
+        return any(not b.persistent or b.deferred for b in self.buffers)
+
+    @property
+    def flips(self) -> bool:
+        """Whether the user's changes outside of a step have to be taken over, since compute sees other memory."""
+        return any(b.flips for b in self.buffers)
+
+    @property
     def has_trainable(self) -> bool:
         """Whether a gradient can arrive for any of its parameters."""
         return any(p.requires_grad for b in self.buffers for p in b.params)

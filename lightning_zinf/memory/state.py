@@ -83,9 +83,10 @@ class ResidentState:
     def prefetch(self) -> None:
         """Nothing to fetch."""
 
-    def records(self) -> Iterator[Record]:
-        """Yield every record, to be updated in place."""
-        yield Record(0, self.numel, self._planes)
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Yield every record from element ``start`` on, to be updated in place."""
+        if start < self.numel:
+            yield Record(0, self.numel, self._planes)
 
     def read(self, plane: Plane) -> Tensor:
         """Return a plane: the thing itself, not a copy."""
@@ -162,10 +163,16 @@ class NvmeState:
         staging = tile.memory[: (stop - start) * self._width]
         tile.ticket = self._store.read(self._extent, staging, start * self._width)
 
-    def records(self) -> Iterator[Record]:
-        """Yield every record in staging, to be updated in place; each is written back when the next is asked for."""
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Yield every record from element ``start`` on in staging, to be updated in place.
+
+        Each is written back when the next is asked for.
+        """
+        first = start
         self._ring.want(self)
         for index, (start, stop) in enumerate(self._ranges):
+            if stop <= first:
+                continue
             tile = self._ring.take(self, index)
             try:
                 with self._counters.timed("stall_read_seconds"):

@@ -132,8 +132,7 @@ class OptimizerBinding:
                     hypers[key] = hyper_of(groups[index], buffer.steps[index], kind)
                 update.add(index, grad, hypers[key])
             self.engine.update(buffer, update)
-        if self.engine.has_pending:
-            self.engine.prefetch_next_step()
+        self.engine.stepped()
 
     def zero_grad(self) -> None:
         """Forget the gradients of this optimizer's parameters."""

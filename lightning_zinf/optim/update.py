@@ -34,12 +34,15 @@ class Update:
         hypers: Hyper-parameters that ``grads`` refers to.
         grad_scale: Factor on every gradient: unscaling and clipping by norm in one.
         clip_value: Largest absolute value of a gradient after scaling, or None.
+        done: Elements of the buffer that have been updated already: a read that fails amid an update stops it, and it
+            goes on from there when it is tried again.
     """
 
     grads: list[tuple[int, Tensor, int]] = field(default_factory=list)
     hypers: list[AdamHyper] = field(default_factory=list)
     grad_scale: float = 1.0
     clip_value: float | None = None
+    done: int = 0
 
     def add(self, index: int, grad: Tensor, hyper: AdamHyper) -> None:
         """Add the gradient of parameter ``index``."""
@@ -58,7 +61,7 @@ class Update:
         offsets = buffer.layout.offsets
         with torch.no_grad():
             update = adam_update if weight.device.type == "cpu" else reference.adam_update
-            for record in state.records():
+            for record in state.records(self.done):
                 segments = [
                     segment
                     for index, grad, hyper in self.grads
@@ -75,6 +78,7 @@ class Update:
                         grad_scale=self.grad_scale,
                         clip_value=self.clip_value,
                     )
+                self.done = record.stop
 
 
 def _cut(offset: int, grad: Tensor, hyper: int, start: int, stop: int) -> Segment | None:

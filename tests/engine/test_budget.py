@@ -37,20 +37,14 @@ def test_slots_never_take_more_than_their_budget(name: str, precision: str, wher
             assert ring.total == sum(slot.nbytes for slot in ring._slots)
 
 
-BY_FORCE = pytest.mark.xfail(reason="start(force=False) takes staging by force", strict=True)
-
-
-@pytest.mark.parametrize("where", [HOST, pytest.param(DEVICE, marks=BY_FORCE)], ids=str)
+@pytest.mark.parametrize("where", [HOST, DEVICE], ids=str)
 def test_what_was_fetched_ahead_gives_way_before_a_budget_is_exceeded(where: Where, tmp_path: Path) -> None:
     with session(ZOO["gpt"], tmp_path, where, "bf16-mixed", RECIPE) as running:
         running.train().engine.flush()
         assert running.engine.counters.overcommits == 0
 
 
-NEGATIVE = pytest.mark.xfail(reason="the message says that -3.50 MiB are allowed", strict=True)
-
-
-@pytest.mark.parametrize("aliased", [pytest.param(True, marks=NEGATIVE), False])
+@pytest.mark.parametrize("aliased", [True, False])
 def test_too_small_a_budget_is_refused_with_the_numbers(aliased: bool, tmp_path: Path) -> None:
     model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(3)])
     memory = MemoryConfig(host_bytes=2**19, device_bytes=2**19)

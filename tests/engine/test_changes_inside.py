@@ -21,16 +21,15 @@ def by_data(param: nn.Parameter) -> None:
     param.data.clamp_(-0.01, 0.01)
 
 
-LOST = pytest.mark.xfail(strict=True, reason="a paged weight that is changed inside of a step is not taken home")
 PLACES = [
     Where("none", "none"),
     Where("none", "nvme"),
     Where("none", "cpu", aliased=False),
     Where("none", "nvme", aliased=False),
-    pytest.param(Where("nvme", "nvme", tight=True), marks=LOST),
-    pytest.param(Where("nvme", "cpu", tight=True), marks=LOST),
-    pytest.param(Where("cpu", "cpu", aliased=False, tight=True), marks=LOST),
-    pytest.param(Where("nvme", "nvme", aliased=False, tight=True), marks=LOST),
+    Where("nvme", "nvme", tight=True),
+    Where("nvme", "cpu", tight=True),
+    Where("cpu", "cpu", aliased=False, tight=True),
+    Where("nvme", "nvme", aliased=False, tight=True),
 ]
 
 

@@ -137,7 +137,6 @@ def test_a_failed_read_surfaces_and_the_run_goes_on(
     go_through_a_failed_read(where, precision, which, number, tmp_path)
 
 
-@pytest.mark.xfail(reason="the update of the tiles before the one that failed is applied once more", strict=True)
 @pytest.mark.parametrize("number", [0, 3, 7])
 @pytest.mark.parametrize("where", [HOST, DEVICE], ids=str)
 def test_a_failed_read_amid_an_update_surfaces_and_the_run_goes_on(where: Where, number: int, tmp_path: Path) -> None:

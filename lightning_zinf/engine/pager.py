@@ -1,0 +1,293 @@
+"""Which units are in memory: gathering, releasing, fetching ahead, and the user's view of them.
+
+Note [Three ways to be in memory]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+A unit is LOADING while its reads are under way, RESIDENT when its parameters view the weights that compute uses, and
+HOST when they view the master, for code that is not compute. Any unit that no running frame needs may be evicted at any
+time: one that was fetched for the farthest future first, else the one that was needed longest ago.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_zinf.engine.buffer import FlatBuffer
+from lightning_zinf.engine.context import EngineContext
+from lightning_zinf.engine.schedule import Schedule
+from lightning_zinf.engine.units import Unit, UnitState
+from lightning_zinf.optim.update import Update
+from lightning_zinf.parameters import owner_of
+
+MAX_HOST_UNITS = 2
+"""Units that code outside of a training step keeps in memory at once, unless it holds on to more."""
+
+
+class Pager:
+    """Brings units into memory and takes them out again.
+
+    Args:
+        units: The units of a model.
+        context: Rings, stores and counters.
+        live: Tells which units running frames need: the ``index`` of each.
+        prefetch: Whether to fetch ahead along the recorded order.
+    """
+
+    def __init__(
+        self, units: list[Unit], context: EngineContext, live: Callable[[], set[int]], *, prefetch: bool = True
+    ) -> None:
+        self.units = units
+        self.context = context
+        self.counters = context.counters
+        self.schedule = Schedule()
+        self.has_pending = False
+        self.held: dict[Unit, None] = {}  # resident or loading, least recently needed first
+        self._host: list[Unit] = []  # HOST, least recently needed first
+        self._live = live
+        self._prefetch_on = prefetch
+        self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
+        self._by_storage: dict[int, FlatBuffer] = {}
+        self._any_moves = any(u.moves for u in units)
+        for unit in units:
+            if not unit.moves and not unit.flips:
+                unit.state = UnitState.RESIDENT  # for good
+
+    def unit_of(self, param: nn.Parameter) -> tuple[Unit, FlatBuffer, int] | None:
+        """Return where a parameter lives, or None if it is not of these units."""
+        entry = owner_of(param)
+        if entry is None or id(entry[0]) not in self._unit_of:
+            return None
+        return self._unit_of[id(entry[0])], entry[0], entry[1]
+
+    def unit_with(self, buffer: FlatBuffer) -> Unit:
+        """Return the unit that a buffer is part of."""
+        return self._unit_of[id(buffer)]
+
+    # ------------------------------------------------------------------ gathering
+
+    def need(self, unit: Unit) -> None:
+        """Make a unit resident for compute, and fetch ahead."""
+        self.schedule.touch(unit.index)
+        self.gather([unit])
+        self.prefetch()
+
+    def gather(self, units: list[Unit], keep: list[Unit] | None = None) -> None:
+        """Make units resident for compute.
+
+        Args:
+            units: Which.
+            keep: Units that must not be evicted for them; themselves by default.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            for unit in units:
+                if unit.state is UnitState.HOST:
+                    self.close_host(unit)
+            for unit in units:
+                self._start(unit, keep=keep or units)
+            for unit in units:
+                if unit.state is UnitState.RESIDENT:
+                    if unit in self.held:
+                        self.held.pop(unit)
+                        self.held[unit] = None
+                else:
+                    self._finish(unit)
+
+    def _start(self, unit: Unit, keep: list[Unit]) -> None:
+        """Start loading, evicting whatever has to go."""
+        if unit.state in (UnitState.LOADING, UnitState.RESIDENT):
+            return
+        pinned = self._live() | {u.index for u in keep}
+        for buffer in unit.buffers:
+            while not buffer.start(force=False):
+                if (victim := self._victim(pinned)) is not None:
+                    self.release(victim)
+                elif (opened := self._unseen_host(pinned)) is not None:
+                    self.close_host(opened)
+                else:
+                    buffer.start(force=True)
+                    break
+        unit.state = UnitState.LOADING
+        self.held[unit] = None
+
+    def _unseen_host(self, pinned: set[int]) -> Unit | None:
+        """Return the unit that code outside of a step has used longest ago and no longer sees."""
+        return next((u for u in self._host if u.index not in pinned and not any(b.seen for b in u.buffers)), None)
+
+    def _victim(self, pinned: set[int]) -> Unit | None:
+        """Return the unit to evict: what was fetched for the farthest future, else what was needed longest ago."""
+        spare = [u for u in self.held if u.index not in pinned and not u.persistent]
+        loading = [u for u in spare if u.state is UnitState.LOADING]
+        return loading[-1] if loading else next(iter(spare), None)
+
+    def _finish(self, unit: Unit) -> None:
+        try:
+            for buffer in unit.buffers:
+                buffer.load()
+        except BaseException:
+            self.release(unit)
+            raise
+        for buffer in unit.buffers:
+            buffer.bind()
+            if not buffer.persistent:
+                self._by_storage[buffer.storage_key()] = buffer
+        unit.state = UnitState.RESIDENT
+        self.counters.gathers += 1
+
+    def release(self, unit: Unit, *, stale: bool = False) -> None:
+        """Give a unit's slots back.
+
+        Args:
+            unit: The unit.
+            stale: Its weights are out of date, so also weights that stay in place must not be used as they are.
+        """
+        if unit.state not in (UnitState.LOADING, UnitState.RESIDENT):
+            return
+        if unit.persistent and not stale and not unit.flips:
+            return
+        self.held.pop(unit, None)
+        unit.state = UnitState.RELEASED
+        with torch.inference_mode(False):
+            for buffer in unit.buffers:
+                if buffer.bound == "compute" and not buffer.persistent:
+                    self._by_storage.pop(buffer.storage_key(), None)
+                buffer.unbind()
+
+    def prefetch(self, *, wrap: bool = False) -> None:
+        """Start to fetch what the recorded order expects next; with ``wrap``, what the next step begins with too."""
+        if not self._prefetch_on or not self._any_moves:
+            return
+        for unit in self.held:
+            if unit.state is UnitState.LOADING:
+                unit.prefetch_state()
+        with torch.inference_mode(False), torch.no_grad():
+            self._start_ahead(wrap=wrap)
+
+    def _start_ahead(self, *, wrap: bool) -> None:
+        """Start to load what the recorded order expects next, until no slot is free."""
+        for index in self.schedule.ahead(wrap=wrap):
+            unit = self.units[index]
+            if unit.state is not UnitState.RELEASED or not unit.moves:
+                continue
+            started: list[FlatBuffer] = []
+            for buffer in unit.buffers:
+                if not buffer.start(force=False):
+                    for other in started:
+                        other.weights.leave()
+                    return
+                started.append(buffer)
+            unit.state = UnitState.LOADING
+            self.held[unit] = None
+
+    def release_idle(self) -> None:
+        """Release every resident unit that no running frame needs."""
+        live = self._live()
+        for unit in [u for u in self.held if u.index not in live and u.state is UnitState.RESIDENT]:
+            self.release(unit)
+
+    # ------------------------------------------------------------------ the user's view
+
+    def open_host(self, units: list[Unit]) -> None:
+        """Let the parameters of units view their masters."""
+        with torch.inference_mode(False), torch.no_grad():
+            for unit in units:
+                if unit.state is UnitState.HOST:
+                    self._host.remove(unit)
+                else:
+                    self.gather([unit], keep=units)
+                    for buffer in unit.buffers:
+                        buffer.open_master()
+                    self.held.pop(unit, None)
+                    unit.state = UnitState.HOST
+                self._host.append(unit)
+            spare = [u for u in self._host if u not in units]
+            for unit in spare[: max(0, len(self._host) - max(MAX_HOST_UNITS, len(units)))]:
+                if not any(b.seen for b in unit.buffers):
+                    self.close_host(unit)
+
+    def close_host(self, unit: Unit) -> None:
+        """Take the user's changes to a unit back and release it."""
+        with torch.inference_mode(False), torch.no_grad():
+            for buffer in unit.buffers:
+                buffer.close_master()
+            self.context.drop_scratch()
+            if not unit.persistent:
+                # A graph built outside of a step may have saved the parameters: have it refuse, not read NaN.
+                torch.autograd.graph.increment_version([p for b in unit.buffers for p in b.params])
+        self._host.remove(unit)
+        self.held[unit] = None
+        unit.state = UnitState.RESIDENT
+        self.release(unit)
+
+    def flush_host(self) -> None:
+        """Take in what code outside of compute did to parameters, and release them."""
+        for unit in list(self._host):
+            self.close_host(unit)
+
+    # ------------------------------------------------------------------ for the net
+
+    def buffer_at(self, storage: int) -> FlatBuffer | None:
+        """Return the paged buffer whose slot has this storage, if any."""
+        return self._by_storage.get(storage)
+
+    def refill(self, buffer: FlatBuffer) -> Tensor:
+        """Make the buffer's unit resident for backward and return the flat weights."""
+        unit = self.unit_with(buffer)
+        if unit.state is not UnitState.RESIDENT:
+            self.counters.refills += 1
+            self.gather([unit])
+        return buffer.weights.flat()
+
+    # ------------------------------------------------------------------ flushing
+
+    @contextmanager
+    def loaded(self, unit: Unit) -> Iterator[Unit]:
+        """Have a unit's weights loaded and its updates applied, to read or replace whole planes."""
+        if unit.state is UnitState.HOST:
+            self.close_host(unit)
+        self.gather([unit])
+        self._take_in(unit)
+        try:
+            yield unit
+        finally:
+            if unit.index not in self._live():
+                self.release(unit)
+
+    @staticmethod
+    def _take_in(unit: Unit) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for buffer in unit.buffers:
+                if buffer.persistent:
+                    buffer.take_in()
+
+    # ------------------------------------------------------------------ updates
+
+    def update(self, buffer: FlatBuffer, update: Update) -> None:
+        """Apply an optimizer step to a buffer, now or when its weights are next needed."""
+        unit = self.unit_with(buffer)
+        with torch.inference_mode(False), torch.no_grad():
+            if unit.state is UnitState.HOST:
+                self.close_host(unit)
+            buffer.pending.append(update)
+            if buffer.deferred:
+                self.release(unit, stale=True)
+                self.has_pending = True
+            else:
+                buffer.take_in()
+                buffer.load()
+                torch.autograd.graph.increment_version(buffer.params)
+                self.release(unit)  # code that changes weights between steps must find the master
+
+    def flush(self) -> None:
+        """Apply every pending update, take in the user's changes, and wait for every write."""
+        self.flush_host()
+        for unit in self.units:
+            if any(b.pending for b in unit.buffers):
+                with self.loaded(unit):
+                    pass
+            else:
+                self._take_in(unit)
+        self.has_pending = False
+        self.context.drain()
