@@ -155,24 +155,27 @@ def _heads(
     size = _nbytes(module)
     if size == 0:
         return
-    if not top:
-        if type(module).__name__ in classes:
-            yield name, module
-            inner = [c for c in module.modules() if c is not module and type(c).__name__ in classes]
-            if not inner:
-                return
-        elif not isinstance(module, _CONTAINERS) and size >= SMALL and not _has_blocks(module):
-            leaf = not any(True for _ in module.children())
-            if size <= unit_bytes or leaf:
-                yield name, module
-                return
+    leaf = not any(True for _ in module.children())
+    whole = not isinstance(module, _CONTAINERS) and size >= SMALL and not _has_blocks(module)
+    if not top and (type(module).__name__ in classes or (whole and (leaf or size <= unit_bytes))):
+        yield name, module
+        yield from _named(module, name, classes)
+        return
     blocks = _blocks(module)
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}" if name else child_name
-        if child in blocks and type(child).__name__ not in classes and not isinstance(child, _CONTAINERS):
+        if child in blocks and not isinstance(child, _CONTAINERS):
             yield full, child
+            yield from _named(child, full, classes)
         else:
             yield from _heads(child, full, unit_bytes, classes)
+
+
+def _named(module: nn.Module, name: str, classes: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of named classes inside of a unit: units inside of it."""
+    for inner_name, inner in module.named_modules():
+        if inner is not module and type(inner).__name__ in classes and _nbytes(inner):
+            yield f"{name}.{inner_name}", inner
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

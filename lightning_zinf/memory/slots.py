@@ -17,7 +17,7 @@ was stashed outside of autograd's saved tensors stays right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,18 @@ class Ticket(Protocol):
 
     def done(self) -> bool:
         """Whether it has finished, well or not."""
+
+
+def wait_all(tickets: Iterable[Ticket]) -> None:
+    """Wait until all of these are finished, and raise what went wrong first."""
+    failed: OSError | None = None
+    for ticket in tickets:
+        try:
+            ticket.wait()
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def use_count(tensor: Tensor) -> int:
@@ -89,8 +101,7 @@ class Slot:
         if self.writes:
             with counters.timed("stall_write_seconds"):
                 writes, self.writes = self.writes, []
-                for ticket in writes:
-                    ticket.wait()
+                wait_all(writes)
 
 
 class SlotRing:
@@ -144,6 +155,8 @@ class SlotRing:
         """Give a slot back; it keeps its content until somebody else needs it."""
         self._clock += 1
         slot.free, slot.stamp = True, self._clock
+        if self.total > self.budget:  # after an overcommit
+            self._make_room(0)
 
     def forget(self, slot: Slot) -> None:
         """Let the content of ``slot`` not be found again."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_zinf.layout import tile_ranges
 from lightning_zinf.memory.nvme import Extent, NvmeStore
+from lightning_zinf.memory.slots import wait_all
 from lightning_zinf.memory.tiles import Tile, TileRing
 from lightning_zinf.monitor.counters import Counters
 
@@ -205,8 +206,7 @@ class NvmeState:
         with self._pieces(plane, whole) as pieces:
             tickets = [self._store.read(self._extent, piece, offset) for piece, offset in pieces]
         with self._counters.timed("stall_read_seconds"):
-            for ticket in tickets:
-                ticket.wait()
+            wait_all(tickets)
         return whole
 
     def write(self, plane: Plane, value: Tensor) -> None:
@@ -214,8 +214,7 @@ class NvmeState:
         with self._pieces(plane, value.contiguous()) as pieces:
             tickets = [self._store.write(self._extent, piece, offset) for piece, offset in pieces]
         with self._counters.timed("stall_write_seconds"):
-            for ticket in tickets:
-                ticket.wait()
+            wait_all(tickets)
 
 
 State = ResidentState | NvmeState

@@ -105,7 +105,6 @@ def test_classes_that_the_user_names_are_units() -> None:
     assert names(Holder(small=linear(1), other=nn.LayerNorm(8)), classes=("Linear",)) == ["small", ""]
 
 
-@pytest.mark.xfail(reason="repeated blocks, and subtrees that become one unit, are not looked into", strict=True)
 @pytest.mark.parametrize("build", [lambda: GPT(2), lambda: Holder(body=Holder(a=linear(100), norm=nn.LayerNorm(8)))])
 def test_classes_that_the_user_names_are_units_wherever_they_are(build: Callable[[], nn.Module]) -> None:
     model = build()
