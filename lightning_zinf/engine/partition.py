@@ -69,9 +69,9 @@ def partition(root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Par
         ValueError: If the model has parameters that cannot be partitioned, or the budgets are too small.
         OSError: If the NVMe folder cannot be used or is too small.
     """
-    plans = find_units(root, config.memory.unit_bytes, config.units)
     trained_ids = {id(p) for p in trained}
     check_parameters(root, trained_ids)
+    plans = find_units(root, config.memory.unit_bytes, config.units)
     counters = Counters()
     drafts = draft_buffers(plans, config.precision, trained_ids)
     size = measure(drafts)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_zinf.memory.nvme import Extent
 from lightning_zinf.memory.slots import Slot, Ticket
+from lightning_zinf.monitor.counters import Counters
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -73,7 +74,7 @@ class AliasedWeights:
 
     def arrive(self) -> None:
         """Wait until updates can act on the weights."""
-        _wait_all(self._tickets, self)
+        _wait_all(self._tickets, self._context.counters)
 
     def host(self) -> Tensor:
         """Return the weight plane that updates act on."""
@@ -95,14 +96,9 @@ class AliasedWeights:
         """Give the slot back, unless it is theirs for good."""
         if self.slot is not None and not self.persistent:
             if self._tickets:
-                _settle_failed(self._tickets, self._context.ring.forget, self.slot)
+                _settle(self._tickets, self.slot)
             self._context.ring.release(self.slot)
             self.slot = None
-
-    @property
-    def context(self) -> object:
-        """The engine's context (for messages and stalls)."""
-        return self._context
 
 
 class DeviceWeights:
@@ -165,7 +161,7 @@ class DeviceWeights:
         """Wait until updates can act on the weights."""
         if self._buffer.pending:
             self._stage(read=True)
-        _wait_all(self._tickets, self)
+        _wait_all(self._tickets, self._context.counters)
 
     def host(self) -> Tensor:
         """Return the weight plane that updates act on."""
@@ -201,18 +197,13 @@ class DeviceWeights:
         """Give the slot back, unless it is theirs for good."""
         if self.slot is not None and not self.persistent:
             if self._tickets and self._staged is not None:
-                _settle_failed(self._tickets, self._context.staging.forget, self._staged)
+                _settle(self._tickets, self._staged)
             self._unstage()
             if self._stale:
                 self._context.ring.forget(self.slot)
             self._context.mark_used(self.slot)
             self._context.ring.release(self.slot)
             self.slot = None
-
-    @property
-    def context(self) -> object:
-        """The engine's context (for messages and stalls)."""
-        return self._context
 
     def _stage(self, *, read: bool, force: bool = True) -> bool:
         """Have the weights in host memory; return False if there is no room for them now and ``force`` is not set."""
@@ -245,19 +236,19 @@ class DeviceWeights:
 Weights = AliasedWeights | DeviceWeights
 
 
-def _wait_all(tickets: list[Ticket], weights: Weights) -> None:
+def _wait_all(tickets: list[Ticket], counters: Counters) -> None:
     if tickets:
-        with weights._context.counters.timed("stall_read_seconds"):
+        with counters.timed("stall_read_seconds"):
             while tickets:
                 tickets[-1].wait()  # stays in the list if it raises, so that nobody takes the content for good
                 tickets.pop()
 
 
-def _settle_failed(tickets: list[Ticket], forget: object, slot: Slot) -> None:
-    """Let a read that is still under way, or that failed, end before its memory is given back."""
+def _settle(tickets: list[Ticket], slot: Slot) -> None:
+    """Let reads that are still under way, or that failed, end before their memory is given back."""
     for ticket in tickets:
         try:
             ticket.wait()
         except OSError:
-            slot.holder = None
+            slot.holder = None  # what came is not the content
     tickets.clear()

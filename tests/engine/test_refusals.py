@@ -1,0 +1,98 @@
+"""What cannot work is refused by name, before anything is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_zinf.config import PartitionConfig
+from lightning_zinf.engine.partition import engine_of, partition
+from lightning_zinf.optim.binding import OptimizerBinding, binding_of
+
+CPU = torch.device("cpu")
+
+
+class Subclass(Tensor):
+    """Stands for a DTensor or a quantized weight."""
+
+
+class OwnStep(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def config(folder: Path) -> PartitionConfig:
+    return PartitionConfig(CPU, "32-true", "nvme", "nvme", str(folder))
+
+
+def with_subclass() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.weight = nn.Parameter(torch.ones(4, 4).as_subclass(Subclass))  # type: ignore[arg-type]
+    return module
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (with_subclass, "'weight' is a .*Subclass: .* partitions plain tensors only"),
+        (lambda: nn.LazyLinear(4), "'weight' is lazy and has no shape yet"),
+        (lambda: nn.Linear(4, 4, dtype=torch.float64), "'weight' has dtype torch.float64"),
+    ],
+)
+def test_parameters(build: Callable[[], nn.Module], message: str, tmp_path: Path) -> None:
+    module = build()
+    with pytest.raises(ValueError, match=message):
+        partition(module, config(tmp_path), list(module.parameters()))
+    assert engine_of(module) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda p: torch.optim.LBFGS(p), r"returned torch\.optim\.lbfgs\.LBFGS.* need whole matrices"),
+        (lambda p: torch.optim.SGD(p, lr=1.0), r"returned torch\.optim\.sgd\.SGD"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad=True"),
+        (lambda p: OwnStep(p), r"OwnStep overrides step\(\)"),
+        (lambda p: torch.optim.AdamW([*p, nn.Parameter(torch.ones(7))]), r"shape \(7,\) .* does not manage"),
+    ],
+)
+def test_optimizers(build: Callable[[list[nn.Parameter]], torch.optim.Optimizer], message: str, tmp_path: Path) -> None:
+    module = nn.Linear(64, 64)
+    before = module.weight.detach().clone()
+    optimizer = build(list(module.parameters()))
+    engine = partition(module, config(tmp_path), list(module.parameters()))
+    with pytest.raises(ValueError, match=message):
+        OptimizerBinding(optimizer, engine)
+    assert torch.equal(module.weight, before)
+    with pytest.raises(ValueError, match="is not bound to the zinf strategy"):
+        binding_of(optimizer)
+    engine.context.close()
+
+
+def test_clipping_by_value_and_then_by_norm(tmp_path: Path) -> None:
+    module = nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(module.parameters())
+    binding = OptimizerBinding(optimizer, partition(module, config(tmp_path), list(module.parameters())))
+    binding.clip_by_value(1.0)
+    with pytest.raises(ValueError, match="by value and then by norm"):
+        binding.clip_by_norm(1.0)
+
+
+def test_a_sparse_gradient(tmp_path: Path) -> None:
+    module = nn.Embedding(16, 8, sparse=True)
+    optimizer = torch.optim.AdamW(module.parameters())
+    engine = partition(module, config(tmp_path), list(module.parameters()))
+    OptimizerBinding(optimizer, engine)
+    with engine.frame("train") as outputs:
+        outputs.append(module(torch.tensor([1, 2])).sum())
+    engine.before_backward()
+    outputs[-1].backward()
+    engine.after_backward()
+    with pytest.raises(ValueError, match="has a sparse gradient"):
+        optimizer.step()
