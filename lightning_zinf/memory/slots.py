@@ -155,8 +155,6 @@ class SlotRing:
         """Give a slot back; it keeps its content until somebody else needs it."""
         self._clock += 1
         slot.free, slot.stamp = True, self._clock
-        if self.total > self.budget:  # after an overcommit
-            self._make_room(0)
 
     def forget(self, slot: Slot) -> None:
         """Let the content of ``slot`` not be found again."""
