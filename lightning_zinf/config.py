@@ -120,6 +120,8 @@ class PartitionConfig:
         memory: Budgets.
         overlap: What runs ahead.
         io: How files are read and written.
+        stage: What is partitioned over ranks: 1 optimizer state, 2 also gradients, 3 also weights.
+        shard_size: Number of ranks that share one copy of the model; None for all.
         aliased: Whether host and device are one memory; None means: on a CPU.
     """
 
@@ -132,4 +134,6 @@ class PartitionConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     io: IOConfig = field(default_factory=IOConfig)
+    stage: int = 3
+    shard_size: int | None = None
     aliased: bool | None = None

@@ -17,6 +17,7 @@ nobody ever sees a weight whose update is still to come.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zinf import parameters as paging
-from lightning_zinf.engine.gradients import Gradients
+from lightning_zinf.engine.gradients import Gradients, WholeGradients
+from lightning_zinf.engine.reduction import ShardedGradients
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.slots import use_count
 from lightning_zinf.memory.state import Plane, State
@@ -77,9 +79,11 @@ class FlatBuffer:
         self.pending: list[Update] = []
         self.version = 0
         self.bound: Literal["new", "none", "compute", "master"] = "new"
-        self.gradients = Gradients(self)
+        self.gradients: Gradients = WholeGradients(self) if context.comm is None else ShardedGradients(self)
+        self.gathered_residual: Tensor | None = None
         self._master: Tensor | None = None
         self._opened_residual: Tensor | None = None
+        self._opened_checksum = 0
 
     def adopt(self, *, keep: bool = False) -> None:
         """Become the owner of the parameters: from here on, their uses while released come here.
@@ -100,8 +104,23 @@ class FlatBuffer:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weight plane, padding included."""
+        """Bytes of the whole weight plane, padding included."""
         return self.layout.padded_numel * self.compute_dtype.itemsize
+
+    @property
+    def shard_numel(self) -> int:
+        """Elements of this rank's shard, padding included."""
+        return self.layout.shard_numel
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of the weight plane of this rank's shard."""
+        return self.layout.shard_numel * self.compute_dtype.itemsize
+
+    @property
+    def shard_range(self) -> tuple[int, int]:
+        """First element of this rank's shard, and its end."""
+        return self.layout.shard_range(self.context.shard_rank)
 
     @property
     def persistent(self) -> bool:
@@ -127,7 +146,7 @@ class FlatBuffer:
         """Make sure that the buffer has room for the moments of Adam."""
         planes: tuple[Plane, ...] = ("exp_avg", "exp_avg_sq")
         if self.state is None:
-            self.state = self.context.new_state(self.layout.padded_numel, planes, self.context.optimizer_tier)
+            self.state = self.context.new_state(self.shard_numel, planes, self.context.optimizer_tier)
         else:
             self.state.add_planes(planes)
 
@@ -150,15 +169,40 @@ class FlatBuffer:
             self.state.prefetch()
         return True
 
+    @property
+    def collected(self) -> bool:
+        """Whether the weights are here, or will be without another collective."""
+        return not self.pending and self.weights.collected
+
+    def collect(self, *, residual: bool = False) -> None:
+        """Start to gather the weights from all ranks, which must all do so; the shard must have been started.
+
+        Args:
+            residual: Gather the low halves of the masters too, and keep them in ``gathered_residual``.
+        """
+        comm = self.context.comm
+        assert comm is not None
+        self.settle()
+        self.weights.gather()
+        if residual and self.split:
+            self.gathered_residual = self.whole_plane("residual")
+
     def load(self) -> None:
-        """Finish bringing the weights: wait for reads, apply pending updates, copy to the accelerator."""
+        """Have the weights in place for compute; with several ranks they must have been collected."""
+        if not (self.context.comm is not None and self.collected):
+            self.settle()
+        self.weights.finish()
+        assert self.weights.whole, self
+
+    def settle(self) -> None:
+        """Finish bringing the shard: wait for reads, apply pending updates, copy to the accelerator."""
         self.weights.arrive()
         updated = bool(self.pending)
         while self.pending:
             assert self.state is not None, self
             try:
                 with self.context.counters.timed("update_seconds"):
-                    self.pending[0].apply(self, self.weights.host(), self.state)
+                    self.pending[0].apply(self.weights.host(), self.state)
             except BaseException:
                 if self.pending[0].done:  # what is updated so far goes home, to be gone on with from there
                     self.weights.publish(updated=True)
@@ -215,12 +259,12 @@ class FlatBuffer:
     # ------------------------------------------------------------------ the user's view
 
     def open_master(self) -> None:
-        """Let the parameters view the master; the weights must be loaded."""
+        """Let the parameters view the master; the weights must be loaded, and the residual gathered."""
         if not self.split or self.view_dtype == self.compute_dtype:
             self.bind()
+            self._opened_checksum = self._checksum(self.weights.flat())
             return
-        assert self.state is not None, self
-        self._opened_residual = self.state.read("residual")
+        self._opened_residual = self._whole_residual()
         self._master = self._join(self._opened_residual)
         for param, cls, view in zip(self.params, self.classes, self.views_of(self._master), strict=True):
             param.__class__ = cls
@@ -233,14 +277,24 @@ class FlatBuffer:
         self._absorb(flat)
         if self._master is None:
             self.weights.store()
+            checksum = self._checksum(flat)
+            if checksum != self._opened_checksum:
+                self.context.note_change(self.name, checksum)
         else:
             assert self._opened_residual is not None
             before = self._join(self._opened_residual)
             # A look is no change: nothing to write, and a backward under way stays valid.
             if not torch.equal(self._master.view(torch.int32), before.view(torch.int32)):
+                self.context.note_change(self.name, self._checksum(self._master))
                 self.write_master(self._master)
             self._master = self._opened_residual = None
             self.bind()
+
+    def _checksum(self, flat: Tensor) -> int:
+        """Return what tells changed weights from others, for the comparison with other ranks; 0 if there are none."""
+        if self.context.comm is None:
+            return 0
+        return zlib.crc32(memoryview(flat.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type,unused-ignore]
 
     def take_in(self) -> None:
         """Take in values that the user put elsewhere, where the weights are in place and bound."""
@@ -283,12 +337,20 @@ class FlatBuffer:
     # ------------------------------------------------------------------ whole planes
 
     def read_master(self) -> Tensor:
-        """Return the master as a new float32 tensor on the device, padding included; the weights must be loaded."""
-        weight = self.weights.flat()
-        if not self.split:
-            return weight.clone()
-        assert self.state is not None, self
-        return self._join(self.state.read("residual"))
+        """Return the master as a new tensor on the device, whole, padding included.
+
+        The weights must be loaded, and the residual gathered. It is float32, or the user's own dtype if compute has it.
+        """
+        return self._join(self._whole_residual()) if self.split else self.weights.flat().clone()
+
+    def _whole_residual(self) -> Tensor:
+        """Return the residual of the whole buffer: what was gathered, or with one rank its own."""
+        if self.context.comm is None:
+            assert self.state is not None, self
+            return self.state.read("residual")
+        residual, self.gathered_residual = self.gathered_residual, None
+        assert residual is not None, self
+        return residual
 
     def _join(self, residual: Tensor) -> Tensor:
         master = torch.empty(self.layout.padded_numel, dtype=torch.float32)
@@ -296,7 +358,10 @@ class FlatBuffer:
         return master.to(self.device)
 
     def write_master(self, master: Tensor) -> None:
-        """Set the master from a float32 tensor, padding included; the weights must be loaded."""
+        """Set the master from a float32 tensor of the whole buffer, padding included; the weights must be loaded.
+
+        Each rank keeps its own shard of it: all must have been given the same.
+        """
         self.version += 1
         flat = self.weights.flat()
         if self.split:
@@ -306,12 +371,22 @@ class FlatBuffer:
             split_master(master.cpu(), weight, residual)
             if weight is not flat:
                 flat.copy_(weight)
-            self.state.write("residual", residual)
+            start, stop = self.shard_range
+            self.state.write("residual", residual[start:stop])
         else:
             flat.copy_(master)
         self.weights.store()
 
     def read_plane(self, plane: Plane) -> Tensor | None:
-        """Return a plane of the state, or None if the buffer has none; updates must not be pending."""
+        """Return this rank's shard of a plane, or None if the buffer has none; updates must not be pending."""
         assert not self.pending, self
         return self.state.read(plane) if self.state is not None and plane in self.state.planes else None
+
+    def whole_plane(self, plane: Plane) -> Tensor | None:
+        """Return a plane of the whole buffer, gathered from all ranks, which must all ask for it."""
+        shard, comm = self.read_plane(plane), self.context.comm
+        if shard is None or comm is None:
+            return shard
+        whole = torch.empty(self.layout.padded_numel, dtype=shard.dtype, device=shard.device)
+        comm.all_gather(whole.view(torch.uint8), shard.view(torch.uint8)).wait()
+        return whole

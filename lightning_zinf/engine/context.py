@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_zinf.comm.group import Collectives
 from lightning_zinf.config import Tier
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.nvme import NvmeStore
@@ -29,11 +31,23 @@ class EngineContext:
         optimizer_tier: Where optimizer state lives.
         aliased: Whether host and device are one memory. ``None`` means: if the device is the CPU. Tests pass False to
             run the code of an accelerator with memory of its own on a CPU.
+        comm: The collectives, or None if there is one rank.
+        stage: What is partitioned over ranks.
     """
 
     def __init__(
-        self, device: torch.device, counters: Counters, optimizer_tier: Tier = "host", aliased: bool | None = None
+        self,
+        device: torch.device,
+        counters: Counters,
+        optimizer_tier: Tier = "host",
+        aliased: bool | None = None,
+        comm: Collectives | None = None,
+        stage: int = 3,
     ) -> None:
+        self.comm = comm
+        self.stage = stage
+        self.shards = 1 if comm is None else comm.ranks.shard_size
+        self.shard_rank = 0 if comm is None else comm.ranks.shard_rank
         self.device = device
         self.optimizer_tier = optimizer_tier
         self.counters = counters
@@ -41,6 +55,8 @@ class EngineContext:
         self.fault: Callable[[list[Any], bool], None] = _nobody
         self.computing: Callable[[], bool] = _never
         self.retire: Callable[[Any], None] = _nobody
+        self.changes = 0
+        self.last_change = ""
         self._ring: SlotRing | None = None
         self._staging: SlotRing | None = None
         self._tiles: TileRing | None = None
@@ -49,11 +65,17 @@ class EngineContext:
         self._layouts: dict[tuple[Any, ...], FlatLayout] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def note_change(self, name: str, checksum: int) -> None:
+        """Note that code outside of compute changed weights, to be compared with what other ranks changed."""
+        if self.comm is not None:
+            self.changes = zlib.crc32(f"{name} {checksum}".encode(), self.changes)
+            self.last_change = name
+
     def layout_of(self, shapes: Sequence[tuple[int, ...]], itemsize: int) -> FlatLayout:
         """Return the layout of these shapes; equal ones are one object, so that slots can share their views."""
         key = (tuple(shapes), itemsize)
         if key not in self._layouts:
-            self._layouts[key] = FlatLayout.build(shapes, itemsize)
+            self._layouts[key] = FlatLayout.build(shapes, itemsize, self.shards)
         return self._layouts[key]
 
     # ------------------------------------------------------------------ parts that only some plans need

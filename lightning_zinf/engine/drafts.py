@@ -53,6 +53,7 @@ class Draft:
         params: Its parameters.
         compute_dtype: Dtype of the weight plane.
         trained: Whether an optimizer updates it now.
+        shards: Number of ranks that the buffer is cut over.
         learns: Whether one will. Before there are optimizers (``validate`` before ``fit``), every parameter that
             requires grad will, so that the plan is the same then and later.
     """
@@ -63,6 +64,7 @@ class Draft:
     compute_dtype: torch.dtype
     trained: bool
     learns: bool
+    shards: int = 1
 
     @property
     def split(self) -> bool:
@@ -72,7 +74,13 @@ class Draft:
     @property
     def padded(self) -> int:
         """Elements of the flat buffer, padding included."""
-        return FlatLayout.build([p.shape for p in self.params], self.compute_dtype.itemsize).padded_numel
+        shapes = [p.shape for p in self.params]
+        return FlatLayout.build(shapes, self.compute_dtype.itemsize, self.shards).padded_numel
+
+    @property
+    def shard(self) -> int:
+        """Elements of one rank's shard, padding included."""
+        return self.padded // self.shards
 
     @property
     def planes(self) -> tuple[Plane, ...]:
@@ -89,7 +97,9 @@ class Draft:
         return low + (("exp_avg", "exp_avg_sq") if moments else ())
 
 
-def draft_buffers(plans: Sequence[UnitPlan], precision: Precision, trained: Collection[int]) -> list[Draft]:
+def draft_buffers(
+    plans: Sequence[UnitPlan], precision: Precision, trained: Collection[int], shards: int = 1
+) -> list[Draft]:
     """Sort each unit's parameters into buffers by dtype and by whether an optimizer updates them."""
     full = {
         id(p)
@@ -109,22 +119,22 @@ def draft_buffers(plans: Sequence[UnitPlan], precision: Precision, trained: Coll
                 compute = torch.bfloat16
             learns = id(param) in trained if trained else param.requires_grad
             key = (compute, param.dtype, learns)
-            draft = groups.setdefault(key, Draft(plan, [], [], compute, learns and bool(trained), learns))
+            draft = groups.setdefault(key, Draft(plan, [], [], compute, learns and bool(trained), learns, shards))
             draft.names.append(name)
             draft.params.append(param)
         drafts.extend(groups.values())
     return drafts
 
 
-def measure(drafts: Sequence[Draft]) -> ModelSize:
-    """Return the sizes of the model that the plan of where to put it goes by."""
+def measure(drafts: Sequence[Draft], stage: int = 3) -> ModelSize:
+    """Return the sizes of one rank's part of the model, which the plan of where to put it goes by."""
     units: dict[int, int] = {}
     weights = state = gradients = 0
     for draft in drafts:
         nbytes = draft.padded * draft.compute_dtype.itemsize
-        weights += nbytes
-        gradients += nbytes if draft.learns else 0
-        state += NvmeState.bytes_needed(draft.padded, draft.later_planes)
+        weights += nbytes if stage < 3 else nbytes // draft.shards
+        gradients += 0 if not draft.learns else nbytes if stage < 2 else nbytes // draft.shards
+        state += NvmeState.bytes_needed(draft.shard, draft.later_planes)
         units[id(draft.plan)] = units.get(id(draft.plan), 0) + nbytes
     root = next((n for d in drafts if d.plan.name == "" and (n := units[id(d.plan)])), 0)
     return ModelSize(weights, state, gradients, max(units.values(), default=0), root)

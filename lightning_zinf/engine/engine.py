@@ -35,10 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_zinf.comm.group import sum_over_shards
+from lightning_zinf.comm.rounds import Rounds
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.net import SavedTensorNet
 from lightning_zinf.engine.pager import Pager
+from lightning_zinf.engine.reduction import Reducer
 from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.placement import Placement
 from lightning_zinf.optim.update import Update
@@ -77,6 +80,25 @@ def _grad_arrived(ref: weakref.ref[Engine], unit: int, key: tuple[int, int], par
         engine._on_grad(engine.units[unit], key)
 
 
+class _NoHook:
+    """The handle of a hook that there is none of."""
+
+    def remove(self) -> None:
+        """Nothing to remove."""
+
+
+def _on_gradient(param: nn.Parameter, hook: Any) -> Any:
+    """Call ``hook`` whenever the gradient of a parameter is complete, also if it starts to require grad later."""
+    if not param.dtype.is_floating_point:
+        return _NoHook()
+    required = param.requires_grad
+    param.requires_grad_(True)  # torch takes hooks for such parameters only
+    try:
+        return param.register_post_accumulate_grad_hook(hook)
+    finally:
+        param.requires_grad_(required)
+
+
 class Engine:
     """Gathers and releases the units of one model.
 
@@ -87,14 +109,28 @@ class Engine:
         units: Its units; the last one is the root's.
         context: Rings, stores and counters.
         prefetch: Whether to fetch ahead along the recorded order.
+        reduce_bytes: Bytes of gradients that may be under way to other ranks in a backward.
     """
 
-    def __init__(self, root: nn.Module, units: list[Unit], context: EngineContext, *, prefetch: bool = True) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        units: list[Unit],
+        context: EngineContext,
+        *,
+        prefetch: bool = True,
+        reduce_bytes: int = 256 * 2**20,
+    ) -> None:
         self.root = root
         self.units = units
         self.context = context
         self.counters = context.counters
         self.pager = Pager(units, context, self._live, prefetch=prefetch)
+        self.rounds: Rounds | None = None
+        self.reducer: Reducer | None = None
+        if context.comm is not None:
+            self.rounds = self.pager.rounds = Rounds(context.comm.ranks.channel, self.pager.collect)
+            self.reducer = Reducer(units, context, self.rounds, reduce_bytes)
         self._needs: dict[nn.Module, list[Unit]] = {}
         self.placement: Placement
         self.config: PartitionConfig
@@ -136,12 +172,11 @@ class Engine:
             self._handles += [pre, post]
         engine = weakref.ref(self)  # hooks of tensors hide from the garbage collector what they hold
         for unit in self.units:
-            if not unit.persistent or not self.context.aliased:
+            if not unit.persistent or not self.context.aliased or self.reducer is not None:
                 for i, buffer in enumerate(unit.buffers):
                     for j, param in enumerate(buffer.params):
                         hook = functools.partial(_grad_arrived, engine, unit.index, (i, j))
-                        if param.requires_grad:
-                            self._handles.append(param.register_post_accumulate_grad_hook(hook))
+                        self._handles.append(_on_gradient(param, hook))
 
     def _borrowers(self) -> Iterator[tuple[nn.Module, Unit]]:
         """Yield modules with a parameter that the unit of another branch owns: tied weights."""
@@ -181,8 +216,12 @@ class Engine:
         try:
             self._push(self.root, None)
             yield outputs
-        finally:
             self._pop(outputs)
+        except BaseException:
+            self._pop(outputs)
+            raise
+        if self.rounds is not None and not self._frames and not in_backward() and (self._any_moves or self._any_flips):
+            self.rounds.pause(f"the end of a {kind} step")
 
     def _push(self, key: nn.Module, module: nn.Module | None) -> None:
         # The frame goes on the stack first: whatever raises after that, the post-forward hook takes it off again.
@@ -225,11 +264,15 @@ class Engine:
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def _on_grad(self, unit: Unit, key: tuple[int, int]) -> None:
         self._queue_callback()
+        if self.reducer is not None:
+            self.reducer.dirty = True
         if not self.context.aliased:
             unit.buffers[key[0]].gradients.take(key[1])
         unit.fired.add(key)
         if unit.fired >= unit.expected():
             unit.fired.clear()
+            if self.reducer is not None:
+                self.reducer.complete(unit)
             if unit.index not in self._live():
                 self.pager.release(unit)
 
@@ -254,6 +297,8 @@ class Engine:
 
     def reset(self) -> None:
         """Get ready for the next step after an exception left frames open."""
+        if self.reducer is not None:
+            self.reducer.reset()
         while self._frames:
             if self._frames.pop().net:
                 self._net.exit()
@@ -296,12 +341,55 @@ class Engine:
             self._net.enter()
             self._backward_nets += 1
 
-    def after_backward(self) -> None:
-        """Release what a backward that has ended, well or not, left behind."""
+    def after_backward(self, *, failed: bool = False) -> None:
+        """Release what a backward that has ended left behind; with several ranks, finish reducing its gradients.
+
+        Args:
+            failed: It ended with an exception.
+        """
         if self._backward_nets:
             self._backward_nets -= 1
             self._net.exit()
         self._after_backward()
+        if self.reducer is not None and self.reducer.early and not failed:
+            self._finish_reduction("the end of a backward")
+
+    def reduce_gradients(self) -> None:
+        """An optimizer is about to use the gradients: have all of them reduced over the ranks."""
+        if self.reducer is not None and (self.reducer.dirty or not self.reducer.early):
+            self._finish_reduction("an optimizer step")
+
+    def sum_over_shards(self, value: float, place: str) -> float:
+        """Return the sum of a float64 over the shards, one on each rank."""
+        if self.context.comm is None or self.rounds is None:
+            return value
+        return sum_over_shards(value, self.context.comm.ranks, self.rounds, place)
+
+    def meet(self, place: str) -> None:
+        """Wait for the other ranks to come to ``place`` too, and serve them until then. Call it before a collective."""
+        if self.rounds is not None:
+            self.rounds.meet(place)
+
+    def _finish_reduction(self, place: str) -> None:
+        """Reduce all gradients; refuse weights that only some ranks changed outside of compute.
+
+        Each rank keeps its own shard only, so parts of such changes would get lost.
+
+        Raises:
+            ValueError: On every rank.
+        """
+        assert self.reducer is not None
+        assert self.rounds is not None
+        if self.reducer.finish(place):
+            return
+        told = self.rounds.meet("a comparison of changed parameters", self.context.last_change.encode())
+        self.context.changes = 0
+        raise ValueError(
+            "code outside of training steps changed parameters in different ways on the ranks (last changed: "
+            f"{', '.join(sorted({t.decode() for t in told if t}))}). Each rank keeps only its own shard of a weight, "
+            "so the change has to be the same on every rank: do it on all of them, or inside of `with "
+            "lightning_zinf.gathered(params, write=True):`, which takes rank 0's"
+        )
 
     def update(self, buffer: FlatBuffer, update: Update) -> None:
         """Apply an optimizer step to a buffer, now or when its weights are next needed."""
@@ -309,6 +397,7 @@ class Engine:
 
     def stepped(self) -> None:
         """An optimizer step is complete: start to fetch what the next training step begins with."""
+        self.pager.arrive()
         if self.pager.has_pending:
             self.pager.prefetch(wrap=True)
 
@@ -334,6 +423,7 @@ class Engine:
         Optimizer state is lost. The model must fit into the accelerator's memory.
         """
         self.pager.flush()
+        self.meet("dissolving the model")
         for handle in self._handles:
             handle.remove()
         for unit in self.units:

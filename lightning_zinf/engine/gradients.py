@@ -13,7 +13,8 @@ is moved to a float32 sum before the next one starts. In 32-bit training on a CP
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +24,47 @@ if TYPE_CHECKING:
     from lightning_zinf.engine.context import EventTicket
 
 
-class Gradients:
-    """Gradients of one buffer.
+@dataclass(frozen=True)
+class Piece:
+    """The gradient of a parameter, or of the part of it that this rank's shard has.
+
+    Attributes:
+        index: Number of the parameter in the buffer.
+        start: Its first element in the shard.
+        grad: The gradient, contiguous.
+    """
+
+    index: int
+    start: int
+    grad: Tensor
+
+
+class Gradients(Protocol):
+    """Gradients of one buffer."""
+
+    def take(self, index: int) -> None:
+        """Parameter ``index`` has a gradient: move it to where it is kept."""
+
+    def before_backward(self) -> None:
+        """Make room for the gradients of another backward."""
+
+    def collect(self, indices: Collection[int], *, keep: bool) -> list[Piece]:
+        """Return the gradient of every parameter among ``indices`` that has one.
+
+        Args:
+            indices: Which parameters.
+            keep: Leave the gradients in place. If False, they are the caller's alone.
+
+        Raises:
+            ValueError: If a gradient is sparse.
+        """
+
+    def clear(self, indices: Collection[int]) -> None:
+        """Forget the gradients of these parameters."""
+
+
+class WholeGradients:
+    """Gradients of one buffer where there is one rank.
 
     Args:
         buffer: Whose gradients.
@@ -73,30 +113,17 @@ class Gradients:
                 self._fold(index)
                 param.grad = None
 
-    def collect(self, indices: Collection[int], *, keep: bool) -> list[tuple[int, Tensor]]:
-        """Return ``(index, gradient)`` of every parameter among ``indices`` that has one, contiguous.
-
-        Args:
-            indices: Which parameters.
-            keep: Leave the gradients in place. If False, they are the caller's alone.
-
-        Raises:
-            ValueError: If a gradient is sparse.
-        """
+    def collect(self, indices: Collection[int], *, keep: bool) -> list[Piece]:
+        """See :meth:`Gradients.collect`."""
         for index in indices:
             self.take(index)
         self._wait()
-        found: list[tuple[int, Tensor]] = []
+        found: list[Piece] = []
         for index in indices:
             grad = self._of(index)
-            if grad is None:
-                continue
-            if grad.is_sparse:
-                raise ValueError(
-                    f"parameter {self._buffer.names[index]!r} has a sparse gradient, which Adam cannot use: build the "
-                    "embedding with sparse=False"
-                )
-            found.append((index, grad if grad.is_contiguous() else grad.contiguous()))
+            if grad is not None:
+                refuse_sparse(grad, self._buffer.names[index])
+                found.append(Piece(index, self._buffer.layout.offsets[index], grad.contiguous()))
         if not keep:
             self._plane = None  # the caller owns it now
             self.clear(indices)
@@ -134,3 +161,12 @@ class Gradients:
     def _wait(self) -> None:
         while self._tickets:
             self._tickets.pop().wait()
+
+
+def refuse_sparse(grad: Tensor, name: str) -> None:
+    """Raise ValueError if a gradient is sparse."""
+    if grad.is_sparse:
+        raise ValueError(
+            f"parameter {name!r} has a sparse gradient, which the zinf strategy cannot use: build the embedding with "
+            "sparse=False"
+        )

@@ -5,6 +5,10 @@ Note [Three ways to be in memory]
 A unit is LOADING while its reads are under way, RESIDENT when its parameters view the weights that compute uses, and
 HOST when they view the master, for code that is not compute. Any unit that no running frame needs may be evicted at any
 time: one that was fetched for the farthest future first, else the one that was needed longest ago.
+
+With several ranks, loading has two halves. Reading one's own shard (``start``) is everybody's own business; gathering
+it from all ranks (``collect``) is agreed on in rounds, see ``comm/rounds.py``. A rank also collects what only others
+want.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_zinf.comm.rounds import Rounds, Want
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.schedule import Schedule
@@ -48,6 +53,9 @@ class Pager:
         self._host: list[Unit] = []  # HOST, least recently needed first
         self._live = live
         self._prefetch_on = prefetch
+        self.rounds: Rounds | None = None
+        self._wanted: list[Unit] = []
+        self._arriving: list[FlatBuffer] = []
         self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
         self._by_storage: dict[int, FlatBuffer] = {}
         self._any_moves = any(u.moves for u in units)
@@ -74,12 +82,13 @@ class Pager:
         self.gather([unit])
         self.prefetch()
 
-    def gather(self, units: list[Unit], keep: list[Unit] | None = None) -> None:
+    def gather(self, units: list[Unit], keep: list[Unit] | None = None, *, whole: bool = False) -> None:
         """Make units resident for compute.
 
         Args:
             units: Which.
             keep: Units that must not be evicted for them; themselves by default.
+            whole: Have the low halves of their masters gathered too.
         """
         with torch.inference_mode(False), torch.no_grad():
             for unit in units:
@@ -87,6 +96,8 @@ class Pager:
                     self.close_host(unit)
             for unit in units:
                 self._start(unit, keep=keep or units)
+            if self.rounds is not None:
+                self._agree(self.rounds, units, whole)
             for unit in units:
                 if unit.state is UnitState.RESIDENT:
                     if unit in self.held:
@@ -94,6 +105,42 @@ class Pager:
                         self.held[unit] = None
                 else:
                     self._finish(unit)
+
+    # ------------------------------------------------------------------ with other ranks
+
+    def _agree(self, rounds: Rounds, units: list[Unit], whole: bool) -> None:
+        """Have ``units`` collected by all ranks, and what the recorded order expects next along with them."""
+
+        def missing() -> list[Want]:
+            return [
+                Want(u.index, whole)
+                for u in units
+                if not u.collected or (whole and any(b.split and b.gathered_residual is None for b in u.buffers))
+            ]
+
+        def ahead() -> list[Want]:
+            return [Want(u.index) for u in self.held if u.state is UnitState.LOADING and not u.collected]
+
+        if not missing():
+            return
+        self._wanted.extend(units)
+        try:
+            rounds.want(missing, ahead, _described(units))
+        finally:
+            del self._wanted[len(self._wanted) - len(units) :]
+
+    def collect(self, wants: list[Want]) -> None:
+        """Gather units together with all other ranks, which call this with the same list."""
+        with torch.inference_mode(False), torch.no_grad():
+            for want in wants:
+                unit = self.units[want.unit]
+                if unit.state is UnitState.HOST:
+                    self.close_host(unit)
+                self._start(unit, keep=[unit, *self._wanted])
+                for buffer in unit.buffers:
+                    buffer.collect(residual=want.whole)
+                    if unit not in self._wanted:
+                        buffer.gathered_residual = None
 
     def _start(self, unit: Unit, keep: list[Unit]) -> None:
         """Start loading, evicting whatever has to go."""
@@ -196,9 +243,10 @@ class Pager:
                 if unit.state is UnitState.HOST:
                     self._host.remove(unit)
                 else:
-                    self.gather([unit], keep=units)
+                    self.gather([unit], keep=units, whole=True)
                     for buffer in unit.buffers:
                         buffer.open_master()
+                        buffer.gathered_residual = None
                     self.held.pop(unit, None)
                     unit.state = UnitState.HOST
                 self._host.append(unit)
@@ -244,16 +292,31 @@ class Pager:
 
     @contextmanager
     def loaded(self, unit: Unit) -> Iterator[Unit]:
-        """Have a unit's weights loaded and its updates applied, to read or replace whole planes."""
+        """Have a unit's masters gathered and its updates applied, to read or replace whole planes.
+
+        With several ranks, all of them must do so, for all units in the same order.
+        """
         if unit.state is UnitState.HOST:
             self.close_host(unit)
-        self.gather([unit])
+        self.gather([unit], whole=True)
         self._take_in(unit)
         try:
             yield unit
         finally:
+            for buffer in unit.buffers:
+                buffer.gathered_residual = None
             if unit.index not in self._live():
                 self.release(unit)
+
+    def _settle(self, unit: Unit) -> None:
+        """Apply the pending updates of a unit to this rank's shard."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._start(unit, keep=[unit])
+            try:
+                for buffer in unit.buffers:
+                    buffer.settle()
+            finally:
+                self.release(unit, stale=True)
 
     @staticmethod
     def _take_in(unit: Unit) -> None:
@@ -276,18 +339,41 @@ class Pager:
                 self.has_pending = True
             else:
                 buffer.take_in()
-                buffer.load()
+                if self.rounds is None:
+                    buffer.load()
+                else:
+                    buffer.collect()  # arrives by the end of the step
+                    self._arriving.append(buffer)
                 torch.autograd.graph.increment_version(buffer.params)
                 self.release(unit)  # code that changes weights between steps must find the master
 
+    def arrive(self) -> None:
+        """Wait for weights that were updated in place to come from all ranks."""
+        while self._arriving:
+            self._arriving.pop().weights.finish()
+
     def flush(self) -> None:
-        """Apply every pending update, take in the user's changes, and wait for every write."""
+        """Apply every pending update, take in the user's changes, and wait for every write.
+
+        This is each rank's own business: nothing is gathered.
+        """
         self.flush_host()
         for unit in self.units:
             if any(b.pending for b in unit.buffers):
+                if self.rounds is not None:
+                    self._settle(unit)
+                    continue
                 with self.loaded(unit):
                     pass
             else:
                 self._take_in(unit)
         self.has_pending = False
         self.context.drain()
+
+
+def _described(units: list[Unit]) -> str:
+    """Name units and their first parameters, for messages."""
+    first = units[0]
+    name = first.buffers[0].names[0] if first.buffers and first.buffers[0].names else "?"
+    rest = f" and {len(units) - 1} more units" if len(units) > 1 else ""
+    return f"unit {first.name or '<root>'!r} (parameter {name!r}, ...){rest}"

@@ -6,6 +6,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zinf import parameters as paging
+from lightning_zinf.comm.group import Collectives, Ranks, least
 from lightning_zinf.config import PartitionConfig, Tier
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
@@ -57,13 +59,18 @@ def forget(root: nn.Module) -> None:
         engine.dissolve()
 
 
-def partition(root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Parameter] = ()) -> Engine:
+def partition(
+    root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Parameter] = (), ranks: Ranks | None = None
+) -> Engine:
     """Hand a model's parameters to an engine.
+
+    With several ranks, all of them call this, and the model gets rank 0's values.
 
     Args:
         root: The model. Its parameters keep their identity; their values move to where the plan has them.
         config: How to do it.
         trained: The parameters that an optimizer will update.
+        ranks: The ranks that train the model together; None for one alone.
 
     Raises:
         ValueError: If the model has parameters that cannot be partitioned, or the budgets are too small.
@@ -73,19 +80,16 @@ def partition(root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Par
     check_parameters(root, trained_ids)
     plans = find_units(root, config.memory.unit_bytes, config.units)
     counters = Counters()
-    drafts = draft_buffers(plans, config.precision, trained_ids)
-    size = measure(drafts)
+    comm = None if ranks is None or ranks.world_size == 1 else Collectives(ranks, counters)
+    drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size)
+    size = measure(drafts, config.stage)
+    free = _free_everywhere(config.device, comm)
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
     where = place(
-        size,
-        config.offload_params,
-        config.offload_optimizer,
-        device_free=free_device_bytes(config.device),
-        host_free=free_host_bytes(),
-        cpu=cpu,
+        size, config.offload_params, config.offload_optimizer, device_free=free.device, host_free=free.host, cpu=cpu
     )
-    context = EngineContext(config.device, counters, where.optimizer, config.aliased)
-    builder = _Builder(config, context, where, size)
+    context = EngineContext(config.device, counters, where.optimizer, config.aliased, comm, config.stage)
+    builder = _Builder(config, context, where, size, free)
     try:
         builder.install(drafts)
         with large_blocks_apart():
@@ -100,16 +104,37 @@ def partition(root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Par
     return engine
 
 
+@dataclass(frozen=True)
+class _Free:
+    """Free bytes for a rank, the least of all ranks: what is decided by them has to be the same everywhere."""
+
+    host: int
+    device: int
+
+
+def _free_everywhere(device: torch.device, comm: Collectives | None) -> _Free:
+    host, on_device = free_host_bytes(), free_device_bytes(device)
+    if comm is None:
+        return _Free(host, on_device)
+    ranks = comm.ranks
+    shared = on_device // ranks.local_size if device.type == "cpu" else on_device
+    return _Free(*least([host // ranks.local_size, shared], ranks.channel, "setting up the model"))
+
+
 class _Builder:
     """Builds buffers one unit after the other, so that no more than one unit is in memory twice."""
 
-    def __init__(self, config: PartitionConfig, context: EngineContext, where: Placement, size: ModelSize) -> None:
+    def __init__(
+        self, config: PartitionConfig, context: EngineContext, where: Placement, size: ModelSize, free: _Free
+    ) -> None:
+        self._free = free
         self._config = config
         self._context = context
         self._where = where
         self._size = size
         aliased = context.aliased
-        self._paged = where.params == "nvme" or (where.params == "host" and not aliased)
+        sharded = context.comm is not None and config.stage == 3
+        self._paged = where.params == "nvme" or (where.params == "host" and not aliased) or sharded
 
     def _state_tier(self, draft: Draft) -> Tier:
         return self._where.optimizer if draft.learns else self._where.params
@@ -119,36 +144,32 @@ class _Builder:
         config, context, size = self._config, self._context, self._size
         memory = config.memory
         on_nvme = size.weights if self._where.params == "nvme" else 0
-        on_nvme += sum(
-            NvmeState.bytes_needed(d.padded, d.later_planes) for d in drafts if self._state_tier(d) == "nvme"
-        )
+        on_nvme += sum(NvmeState.bytes_needed(d.shard, d.later_planes) for d in drafts if self._state_tier(d) == "nvme")
         host_asked = memory.host_bytes
         if "nvme" in (self._where.params, self._where.optimizer):
             store = NvmeStore(config.nvme_path, config.io, context.counters)
             context.install(nvme=store)
             store.reserve(on_nvme)
             width = 10 if any(d.split for d in drafts) else 8
-            numel = min(config.io.tile_numel, max((d.padded for d in drafts), default=4096))
-            largest = max((NvmeState.bytes_needed(d.padded, d.later_planes) for d in drafts), default=0)
+            numel = min(config.io.tile_numel, max((d.shard for d in drafts), default=4096))
+            largest = max((NvmeState.bytes_needed(d.shard, d.later_planes) for d in drafts), default=0)
             share = None if host_asked is None else host_asked // 3
             if share is not None:  # a small budget gets small tiles, two at least
                 numel = min(numel, max(share // (2 * width) // 4096 * 4096, 4096))
-            tiles = tile_count(
-                share, numel * width, largest if self._where.optimizer == "nvme" else 0, free_host_bytes()
-            )
+            tiles = tile_count(share, numel * width, largest if self._where.optimizer == "nvme" else 0, self._free.host)
             ring = TileRing(tiles, numel, width, context.allocate_host, context.counters)
             context.install(tiles=ring)
             host_asked = None if host_asked is None else host_asked - ring.nbytes
         if not self._paged:
             return
         if context.aliased:
-            budget = slot_budget(size, host_asked, free_host_bytes(), "memory.host_bytes")
+            budget = slot_budget(size, host_asked, self._free.host, "memory.host_bytes")
             context.install(ring=SlotRing(budget, context.allocate_device, context.counters))
             return
-        budget = slot_budget(size, memory.device_bytes, free_device_bytes(config.device), "memory.device_bytes")
+        budget = slot_budget(size, memory.device_bytes, self._free.device, "memory.device_bytes")
         context.install(ring=SlotRing(budget, context.allocate_device, context.counters))
         if self._where.params == "nvme":
-            staging = slot_budget(size, host_asked, free_host_bytes(), "memory.host_bytes")
+            staging = slot_budget(size, host_asked, self._free.host, "memory.host_bytes")
             context.install(staging=SlotRing(staging, context.allocate_host, context.counters))
 
     def build(self, plans: Sequence[UnitPlan], drafts: Sequence[Draft]) -> list[Unit]:
@@ -174,7 +195,7 @@ class _Builder:
         buffer = FlatBuffer(label, draft.names, draft.params, draft.compute_dtype, context)
         master = self._take_values(buffer)
         if draft.planes:
-            buffer.state = context.new_state(buffer.layout.padded_numel, draft.planes, self._state_tier(draft))
+            buffer.state = context.new_state(buffer.shard_numel, draft.planes, self._state_tier(draft))
         self._settle(buffer, master)
         return buffer
 
@@ -188,6 +209,8 @@ class _Builder:
                 if page is not None:
                     page[0].context.retire(page[0])
                 param.data = torch.empty(0, dtype=buffer.view_dtype)
+        if self._context.comm is not None:
+            self._context.comm.broadcast(flat)
         buffer.adopt()
         return flat
 
@@ -195,15 +218,18 @@ class _Builder:
         """Put the weights where they rest, and bind or release the parameters."""
         context = self._context
         aliased = context.aliased
-        nvme = context.nvme.allocate(buffer.weight_bytes) if self._where.params == "nvme" else None
+        nvme = context.nvme.allocate(buffer.shard_bytes) if self._where.params == "nvme" else None
+        slot = None if self._paged else Slot(context.allocate_device(buffer.weight_bytes))
+        home = None
+        if self._paged and (self._where.params == "device" or (aliased and nvme is None)):
+            home = context.allocate_device(buffer.shard_bytes).view(buffer.compute_dtype)
         if aliased:
-            slot = None if self._paged else Slot(context.allocate_device(buffer.weight_bytes))
-            buffer.weights = AliasedWeights(buffer, slot, nvme)
+            buffer.weights = AliasedWeights(buffer, slot, nvme, home)
         else:
-            slot = None if self._paged else Slot(context.allocate_device(buffer.weight_bytes))
-            keeps_copy = self._where.params == "host" or (slot is not None and self._where.optimizer != "device")
-            plane = context.allocate_host(buffer.weight_bytes).view(buffer.compute_dtype) if keeps_copy else None
-            buffer.weights = DeviceWeights(buffer, slot, plane, nvme)
+            stays = slot is not None or home is not None
+            keeps_copy = self._where.params == "host" or (stays and self._where.optimizer != "device")
+            plane = context.allocate_host(buffer.shard_bytes).view(buffer.compute_dtype) if keeps_copy else None
+            buffer.weights = DeviceWeights(buffer, slot, plane, nvme, home)
         buffer.weights.claim()
         if buffer.view_dtype == torch.float32 and buffer.split:
             buffer.write_master(values)
@@ -221,10 +247,10 @@ def residency(engine: Engine) -> list[tuple[str, str, int]]:
     """Return ``(what, tier, bytes)`` of everything that the engine keeps."""
     rows: list[tuple[str, str, int]] = []
     buffers = [b for u in engine.units for b in u.buffers]
-    weights = sum(b.weight_bytes for b in buffers)
+    weights = sum(b.weight_bytes if b.persistent else b.shard_bytes for b in buffers)
     rows.append(("weights", engine.placement.params, weights))
     for plane, itemsize in (("residual", 2), ("exp_avg", 4), ("exp_avg_sq", 4)):
-        nbytes = sum(b.layout.padded_numel * itemsize for b in buffers if b.state and plane in b.state.planes)
+        nbytes = sum(b.shard_numel * itemsize for b in buffers if b.state and plane in b.state.planes)
         if nbytes:
             rows.append((plane, engine.placement.optimizer, nbytes))
     rows.extend(engine.context.pages())

@@ -1,15 +1,22 @@
 """Where the weight plane of a buffer rests, and how it gets to where compute reads it.
 
+Note [Home, part, whole]
+~~~~~~~~~~~~~~~~~~~~~~~~
+A slot holds the whole buffer, as compute reads it. Of that each rank owns one part, its shard; with one rank the part
+is the whole. The shard rests at home: in a slot that stays in place, in memory of its own, or on NVMe. Updates act on
+the shard, at home or in the slot's part where the read from NVMe lands. ``gather`` then fills the slot from the shards
+of all ranks, in place; from there to the next update the weights are ``whole``.
+
 Two classes, one for each kind of machine:
 
 - ``AliasedWeights``: the accelerator is the CPU, so a slot is host memory: NVMe reads land in it, updates act on it.
-- ``DeviceWeights``: the accelerator has memory of its own. Updates act on a host copy (for good in host memory, or
-  staged from NVMe), which then goes up; without any offload they act on the device.
+- ``DeviceWeights``: the accelerator has memory of its own. Updates act on a host copy of the shard (for good in host
+  memory, or staged from NVMe), which then goes up; without any offload they act on the device.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -21,49 +28,58 @@ if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
 
 
-class AliasedWeights:
-    """Weights of a CPU accelerator.
+class _Weights:
+    """What both kinds have in common: a slot, and its part that is this rank's.
 
     Args:
         buffer: Whose weights.
         slot: The slot that is theirs for good, or None if they are paged.
-        extent: Where they rest on NVMe if they are paged.
+        extent: Where the shard rests on NVMe, or None.
+        home: Memory of its own where the shard rests, on the device, or None.
     """
 
-    def __init__(self, buffer: FlatBuffer, slot: Slot | None, extent: Extent | None) -> None:
-        assert (slot is None) != (extent is None)
+    mirrored = False
+
+    def __init__(self, buffer: FlatBuffer, slot: Slot | None, extent: Extent | None, home: Tensor | None) -> None:
         self.persistent = slot is not None
-        self.mirrored = False
         self.slot = slot
         self.extent = extent
+        self.whole = True
+        self._home = home
         self._buffer = buffer
         self._context = buffer.context
         self._tickets: list[Ticket] = []
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory that are taken for good."""
-        return self._buffer.weight_bytes if self.persistent else 0
+        self._gathering: Any = None
 
     def flat(self) -> Tensor:
         """Return the weight plane that compute reads."""
         assert self.slot is not None, self._buffer
         return self.slot.flat(self._buffer.layout.padded_numel, self._buffer.compute_dtype)
 
-    def start(self, *, force: bool, pending: bool) -> bool:
-        """Start to bring the weights; return False if there is no slot for them now and ``force`` is not set."""
-        if self.slot is not None:
-            return True
-        got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=force)
-        if got is None:
-            return False
-        self.slot, hit = got
-        if hit:
-            self._context.counters.reused_bytes += self._buffer.weight_bytes
-        else:
-            assert self.extent is not None
-            self._tickets.append(self._context.nvme.read(self.extent, self.flat()))
-        return True
+    def part(self) -> Tensor:
+        """Return this rank's shard of :meth:`flat`."""
+        start, stop = self._buffer.shard_range
+        return self.flat()[start:stop]
+
+    def gather(self) -> None:
+        """Start to fill the slot from the shards of all ranks, which must all do so."""
+        assert self._context.comm is not None
+        self.finish()
+        source = self.part() if self._home is None else self._home
+        self._gathering = self._context.comm.all_gather(self.flat(), source)
+
+    def finish(self) -> None:
+        """Wait until the slot is filled."""
+        if self._gathering is not None:
+            with self._context.counters.timed("stall_gather_seconds"):
+                self._gathering.wait()
+            self._gathering = None
+            self.whole = True
+
+    @property
+    def collected(self) -> bool:
+        """Whether the slot is filled, or will be without another call."""
+        return self.slot is not None and (self.whole or self._gathering is not None)
 
     def claim(self) -> None:
         """Take a slot whose content does not matter, to be filled from the outside."""
@@ -71,57 +87,105 @@ class AliasedWeights:
             got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=True)
             assert got is not None
             self.slot = got[0]
+        self.whole = True
+
+    def _acquire(self, *, force: bool) -> bool | None:
+        """Take a slot; return whether it still has the content, or None if none is free and ``force`` is not set."""
+        got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=force)
+        if got is None:
+            return None
+        self.slot, hit = got
+        self.whole = self._context.comm is None or (hit and self.whole)
+        return hit
+
+
+class AliasedWeights(_Weights):
+    """Weights of a CPU accelerator."""
+
+    def __init__(
+        self, buffer: FlatBuffer, slot: Slot | None, extent: Extent | None, home: Tensor | None = None
+    ) -> None:
+        assert sum(place is not None for place in (slot, extent, home)) == 1
+        super().__init__(buffer, slot, extent, home)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that are taken for good."""
+        return self._buffer.weight_bytes if self.persistent else 0 if self._home is None else self._home.nbytes
+
+    def start(self, *, force: bool, pending: bool) -> bool:
+        """Start to bring the shard; return False if there is no slot for it now and ``force`` is not set."""
+        if self.slot is not None:
+            return True
+        hit = self._acquire(force=force)
+        if hit is None:
+            return False
+        if hit and (self._context.comm is None or (self.whole and not pending)):
+            self._context.counters.reused_bytes += self._buffer.weight_bytes
+        if not hit and self.extent is not None:
+            self._tickets.append(self._context.nvme.read(self.extent, self.part()))
+        return True
 
     def arrive(self) -> None:
-        """Wait until updates can act on the weights."""
+        """Wait until updates can act on the shard."""
         _wait_all(self._tickets, self._context.counters)
 
     def host(self) -> Tensor:
-        """Return the weight plane that updates act on."""
-        return self.flat()
+        """Return the shard that updates act on."""
+        return self.part() if self._home is None else self._home
 
     def publish(self, *, updated: bool) -> None:
-        """Let compute see the weights, and take changes home."""
+        """Let compute see the shard, and take changes home."""
         if updated:
-            self.store()
+            self.whole = self._context.comm is None
+            self._write_home()
 
     def store(self) -> None:
-        """Write the weights home."""
+        """Write this rank's part of the slot home."""
+        if self._home is not None:
+            self._home.copy_(self.part())
+        self._write_home()
+
+    def _write_home(self) -> None:
         if self.extent is not None:
             assert self.slot is not None
             self.slot.wait_writes(self._context.counters)
-            self.slot.writes.append(self._context.nvme.write(self.extent, self.flat()))
+            self.slot.writes.append(self._context.nvme.write(self.extent, self.part()))
 
     def leave(self) -> None:
         """Give the slot back, unless it is theirs for good."""
         if self.slot is not None and not self.persistent:
+            self.finish()
             if self._tickets:
                 _settle(self._tickets, self.slot)
             self._context.ring.release(self.slot)
             self.slot = None
 
 
-class DeviceWeights:
+class DeviceWeights(_Weights):
     """Weights of an accelerator with memory of its own.
 
     Args:
         buffer: Whose weights.
         slot: The slot that is theirs for good, or None if they are paged.
-        host_plane: Their copy in host memory, or None.
-        extent: Where they rest on NVMe, or None.
+        host_plane: A copy of the shard in host memory, or None.
+        extent: Where the shard rests on NVMe, or None.
+        home: Memory on the device where the shard rests, or None.
     """
 
-    def __init__(self, buffer: FlatBuffer, slot: Slot | None, host_plane: Tensor | None, extent: Extent | None) -> None:
-        assert slot is not None or (host_plane is None) != (extent is None)
-        self.persistent = slot is not None
+    def __init__(
+        self,
+        buffer: FlatBuffer,
+        slot: Slot | None,
+        host_plane: Tensor | None,
+        extent: Extent | None,
+        home: Tensor | None = None,
+    ) -> None:
+        assert slot is not None or home is not None or (host_plane is None) != (extent is None)
+        super().__init__(buffer, slot, extent, home)
         self.mirrored = self.persistent and host_plane is not None
-        self.slot = slot
-        self.extent = extent
         self._host_plane = host_plane
         self._staged: Slot | None = None
-        self._buffer = buffer
-        self._context = buffer.context
-        self._tickets: list[Ticket] = []
         self._stale = False
 
     @property
@@ -129,20 +193,18 @@ class DeviceWeights:
         """Bytes of host memory that are taken for good."""
         return 0 if self._host_plane is None else self._host_plane.nbytes
 
-    def flat(self) -> Tensor:
-        """Return the weight plane that compute reads."""
-        assert self.slot is not None, self._buffer
-        return self.slot.flat(self._buffer.layout.padded_numel, self._buffer.compute_dtype)
+    def _target(self) -> Tensor:
+        """Return where the shard is on the device."""
+        return self.part() if self._home is None else self._home
 
     def start(self, *, force: bool, pending: bool) -> bool:
-        """Start to bring the weights; return False if there is no slot for them now and ``force`` is not set."""
+        """Start to bring the shard; return False if there is no slot for it now and ``force`` is not set."""
         if self.slot is None:
-            got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=force)
-            if got is None:
+            hit = self._acquire(force=force)
+            if hit is None:
                 return False
-            self.slot, hit = got
-            self._stale = not hit
-            if hit and not pending:
+            self._stale = self._home is None and not hit
+            if hit and not pending and self.whole:
                 self._context.counters.reused_bytes += self._buffer.weight_bytes
         if (self._stale or pending) and not self._stage(read=True, force=force):
             self.leave()
@@ -151,43 +213,43 @@ class DeviceWeights:
 
     def claim(self) -> None:
         """Take a slot whose content does not matter, to be filled from the outside."""
-        if self.slot is None:
-            got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=True)
-            assert got is not None
-            self.slot = got[0]
-            self._stale = False
+        self._stale = self._stale and self.slot is not None
+        super().claim()
 
     def arrive(self) -> None:
-        """Wait until updates can act on the weights."""
+        """Wait until updates can act on the shard."""
         if self._buffer.pending:
             self._stage(read=True)
         _wait_all(self._tickets, self._context.counters)
 
     def host(self) -> Tensor:
-        """Return the weight plane that updates act on."""
+        """Return the shard that updates act on."""
         if self._host_plane is not None:
             return self._host_plane
         if self._staged is not None:
-            return self._staged.flat(self._buffer.layout.padded_numel, self._buffer.compute_dtype)
-        return self.flat()
+            return self._staged.flat(self._buffer.shard_numel, self._buffer.compute_dtype)
+        return self._target()
 
     def publish(self, *, updated: bool) -> None:
-        """Let compute see the weights, and take changes home."""
+        """Let compute see the shard, and take changes home."""
         assert self.slot is not None
         host = self.host()
-        if (updated or self._stale) and host.data_ptr() != self.flat().data_ptr():
-            self._context.upload(host, self.slot, self.flat())
+        if (updated or self._stale) and host.data_ptr() != self._target().data_ptr():
+            self._context.upload(host, self.slot, self._target())
             self._stale = False
         if updated:
+            self.whole = self._context.comm is None
             self._write_home()
         self._unstage()
 
     def store(self) -> None:
-        """Write the weights home."""
+        """Write this rank's part of the slot home."""
+        if self._home is not None:
+            self._home.copy_(self.part())
         if self._host_plane is None and self.extent is None:
             return
         self._stage(read=False)
-        ticket = self._context.download(self.flat(), self.host())
+        ticket = self._context.download(self.part(), self.host())
         if ticket is not None:
             ticket.wait()
         self._write_home()
@@ -196,6 +258,7 @@ class DeviceWeights:
     def leave(self) -> None:
         """Give the slot back, unless it is theirs for good."""
         if self.slot is not None and not self.persistent:
+            self.finish()
             if self._tickets and self._staged is not None:
                 _settle(self._tickets, self._staged)
             self._unstage()
@@ -206,15 +269,15 @@ class DeviceWeights:
             self.slot = None
 
     def _stage(self, *, read: bool, force: bool = True) -> bool:
-        """Have the weights in host memory; return False if there is no room for them now and ``force`` is not set."""
+        """Have the shard in host memory; return False if there is no room for it now and ``force`` is not set."""
         if self._host_plane is not None or self.extent is None or self._staged is not None:
             return True
-        got = self._context.staging.acquire(self._buffer.weight_bytes, self._buffer, force=force)
+        got = self._context.staging.acquire(self._buffer.shard_bytes, self._buffer, force=force)
         if got is None:
             return False
         self._staged, hit = got
         if read and hit:
-            self._context.counters.reused_bytes += self._buffer.weight_bytes
+            self._context.counters.reused_bytes += self._buffer.shard_bytes
         elif read:
             self._tickets.append(self._context.nvme.read(self.extent, self.host()))
         return True

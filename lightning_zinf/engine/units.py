@@ -93,6 +93,11 @@ class Unit:
         """Whether a gradient can arrive for any of its parameters."""
         return any(p.requires_grad for b in self.buffers for p in b.params)
 
+    @property
+    def collected(self) -> bool:
+        """Whether its weights are here, or will be without another collective."""
+        return all(b.collected for b in self.buffers)
+
     def prefetch_state(self) -> None:
         """Start to fetch the state that pending updates need, as far as staging has room."""
         for buffer in self.buffers:

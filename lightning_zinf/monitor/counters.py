@@ -19,6 +19,10 @@ class Counters:
         nvme_write_bytes: Bytes written to NVMe, padding included.
         host_to_device_bytes: Bytes copied from host memory to the accelerator.
         device_to_host_bytes: Bytes copied from the accelerator to host memory.
+        all_gather_bytes: Bytes of the buffers that were gathered from all ranks: whole buffers, padding included.
+        reduce_scatter_bytes: Bytes of the buffers that were reduced over all ranks, in the dtype they were sent in.
+        all_reduce_bytes: Bytes of shards that were reduced over the copies of the model (hybrid sharding).
+        broadcast_bytes: Bytes sent from rank 0 to all.
         reused_bytes: Bytes of weights that a gather found still in their slot and did not read again.
         gathers: Times that a unit became resident.
         faults: Uses of a released parameter that no hook had foreseen.
@@ -28,6 +32,7 @@ class Counters:
         updates: Optimizer updates applied to a buffer.
         stall_read_seconds: Time that the computation waited for reads of weights or state.
         stall_write_seconds: Time that it waited for a slot or tile whose write was under way.
+        stall_gather_seconds: Time that it waited for weights of other ranks, or for their gradients.
         update_seconds: Time spent in optimizer updates of offloaded state.
     """
 
@@ -35,6 +40,10 @@ class Counters:
     nvme_write_bytes: int = 0
     host_to_device_bytes: int = 0
     device_to_host_bytes: int = 0
+    all_gather_bytes: int = 0
+    reduce_scatter_bytes: int = 0
+    all_reduce_bytes: int = 0
+    broadcast_bytes: int = 0
     reused_bytes: int = 0
     gathers: int = 0
     faults: int = 0
@@ -44,6 +53,7 @@ class Counters:
     updates: int = 0
     stall_read_seconds: float = 0.0
     stall_write_seconds: float = 0.0
+    stall_gather_seconds: float = 0.0
     update_seconds: float = 0.0
 
     @contextmanager

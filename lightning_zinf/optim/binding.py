@@ -84,13 +84,14 @@ class OptimizerBinding:
     # ------------------------------------------------------------------ clipping
 
     def grads(self) -> list[Tensor]:
-        """Return every gradient of this optimizer's parameters, unscaled and unclipped."""
-        return [grad for buffer, groups in self._by_buffer() for _, grad in buffer.gradients.collect(groups, keep=True)]
+        """Return this rank's part of the gradients of this optimizer's parameters, unscaled and unclipped."""
+        self.engine.reduce_gradients()
+        return [p.grad for buffer, groups in self._by_buffer() for p in buffer.gradients.collect(groups, keep=True)]
 
     def grad_norm(self) -> float:
         """Return the 2-norm of all gradients as one vector; the squares are summed in float64."""
         total, _finite = squared_norm(self.grads())
-        return float(total**0.5)
+        return float(self.engine.sum_over_shards(total, "the norm of the gradients") ** 0.5)
 
     def clip_by_norm(self, max_norm: float) -> float:
         """Scale the gradients of the coming step so that their norm is at most ``max_norm``; return the norm before.
@@ -120,17 +121,18 @@ class OptimizerBinding:
         scale, clip_value = self.grad_scale, self.clip_value
         self.grad_scale, self.clip_value = 1.0, None
         hypers: dict[tuple[int, int], AdamHyper] = {}
+        self.engine.reduce_gradients()
         for buffer, groups in self._by_buffer():
-            grads = buffer.gradients.collect(groups, keep=not buffer.deferred)
-            if not grads:
+            pieces = buffer.gradients.collect(groups, keep=not buffer.deferred)
+            if not pieces:
                 continue
             update = Update(grad_scale=scale, clip_value=clip_value)
-            for index, grad in grads:
-                buffer.steps[index] += 1
-                key = (id(groups[index]), buffer.steps[index])
+            for piece in pieces:
+                buffer.steps[piece.index] += 1
+                key = (id(groups[piece.index]), buffer.steps[piece.index])
                 if key not in hypers:
-                    hypers[key] = hyper_of(groups[index], buffer.steps[index], kind)
-                update.add(index, grad, hypers[key])
+                    hypers[key] = hyper_of(groups[piece.index], buffer.steps[piece.index], kind)
+                update.add(piece.start, piece.grad, hypers[key])
             self.engine.update(buffer, update)
         self.engine.stepped()
 

@@ -10,7 +10,7 @@ as torch.optim skips them: no moments decay, and their step count stands still.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,54 +18,49 @@ from torch import Tensor
 from lightning_zinf.memory.state import State
 from lightning_zinf.ops import AdamHyper, Segment, adam_update, reference
 
-if TYPE_CHECKING:
-    from lightning_zinf.engine.buffer import FlatBuffer
-
 SUPPORTED = (torch.optim.Adam, torch.optim.AdamW)
 
 
 @dataclass
 class Update:
-    """An optimizer step of one buffer.
+    """An optimizer step of this rank's shard of one buffer.
 
     Attributes:
-        grads: ``(index of the parameter, its gradient, index of its hyper-parameters)``; gradients are contiguous, and
+        pieces: ``(first element in the shard, gradient, index of its hyper-parameters)``; gradients are contiguous, and
             where the update runs.
-        hypers: Hyper-parameters that ``grads`` refers to.
+        hypers: Hyper-parameters that ``pieces`` refers to.
         grad_scale: Factor on every gradient: unscaling and clipping by norm in one.
         clip_value: Largest absolute value of a gradient after scaling, or None.
-        done: Elements of the buffer that have been updated already: a read that fails amid an update stops it, and it
+        done: Elements of the shard that have been updated already: a read that fails amid an update stops it, and it
             goes on from there when it is tried again.
     """
 
-    grads: list[tuple[int, Tensor, int]] = field(default_factory=list)
+    pieces: list[tuple[int, Tensor, int]] = field(default_factory=list)
     hypers: list[AdamHyper] = field(default_factory=list)
     grad_scale: float = 1.0
     clip_value: float | None = None
     done: int = 0
 
-    def add(self, index: int, grad: Tensor, hyper: AdamHyper) -> None:
-        """Add the gradient of parameter ``index``."""
+    def add(self, start: int, grad: Tensor, hyper: AdamHyper) -> None:
+        """Add the gradient of the elements from ``start`` on."""
         if hyper not in self.hypers:
             self.hypers.append(hyper)
-        self.grads.append((index, grad, self.hypers.index(hyper)))
+        self.pieces.append((start, grad, self.hypers.index(hyper)))
 
-    def apply(self, buffer: FlatBuffer, weight: Tensor, state: State) -> None:
-        """Run the fused kernel over the buffer, record by record.
+    def apply(self, weight: Tensor, state: State) -> None:
+        """Run the fused kernel over the shard, record by record.
 
         Args:
-            buffer: The buffer.
             weight: Its weight plane, updated in place.
             state: Its other planes, updated in place.
         """
-        offsets = buffer.layout.offsets
         with torch.no_grad():
             update = adam_update if weight.device.type == "cpu" else reference.adam_update
             for record in state.records(self.done):
                 segments = [
                     segment
-                    for index, grad, hyper in self.grads
-                    if (segment := _cut(offsets[index], grad, hyper, record.start, record.stop)) is not None
+                    for start, grad, hyper in self.pieces
+                    if (segment := _cut(start, grad, hyper, record.start, record.stop)) is not None
                 ]
                 if segments:
                     update(
@@ -82,7 +77,7 @@ class Update:
 
 
 def _cut(offset: int, grad: Tensor, hyper: int, start: int, stop: int) -> Segment | None:
-    """Return the part of a gradient that falls into the elements ``[start, stop)`` of the buffer."""
+    """Return the part of a gradient that falls into the elements ``[start, stop)`` of the shard."""
     numel = grad.numel()
     low, high = max(start, offset), min(stop, offset + numel)
     if low >= high:

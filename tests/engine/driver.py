@@ -12,6 +12,7 @@ from models import Case
 from oracle import Recipe, Result, autocast
 from torch import Tensor, nn
 
+from lightning_zinf.comm.group import Ranks
 from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import PartitionConfig, partition
@@ -87,6 +88,7 @@ class Session:
     recipe: Recipe
     precision: str
     number: int = 0
+    stride: int = 1
     losses: list[float] = field(default_factory=list)
 
     def forward(self, loss: Callable[[], Tensor] | None = None, kind: str = "train") -> Tensor:
@@ -105,14 +107,16 @@ class Session:
         self.engine.before_backward()
         try:
             loss.backward()
-        finally:
-            self.engine.after_backward()
+        except BaseException:
+            self.engine.after_backward(failed=True)
+            raise
+        self.engine.after_backward()
 
     def micro_step(self, loss: Callable[[], Tensor] | None = None) -> float:
         """Forward and backward of a micro-batch."""
         result = self.forward(loss)
         self.backward(result)
-        self.number += 1
+        self.number += self.stride
         self.losses.append(float(result.detach()))
         return self.losses[-1]
 
@@ -149,7 +153,7 @@ class Session:
                     result.masters[name] = masters[index].clone()
                     result.counts[name] = buffer.steps[index]
                 if any(buffer.steps):
-                    planes = [buffer.read_plane("exp_avg"), buffer.read_plane("exp_avg_sq")]
+                    planes = [buffer.whole_plane("exp_avg"), buffer.whole_plane("exp_avg_sq")]
                     views = [buffer.views_of(p.clone()) for p in planes if p is not None]
                     for index, name in enumerate(buffer.names):
                         if buffer.steps[index]:
@@ -170,6 +174,9 @@ def session(
     model: nn.Module | None = None,
     memory: MemoryConfig | None = None,
     io: IOConfig | None = None,
+    ranks: Ranks | None = None,
+    stage: int = 3,
+    shard: int | None = None,
 ) -> Iterator[Session]:
     """Partition a model of the zoo, and give everything back at the end."""
     where, recipe = where or Where(), recipe or Recipe()
@@ -187,13 +194,16 @@ def session(
         overlap=OverlapConfig(prefetch=where.prefetch),
         io=io or IOConfig(tile_numel=TILE, threads=2, backend="threads"),
         aliased=where.aliased,
+        stage=stage,
+        shard_size=shard,
     )
     optimizer = recipe.build(model.parameters())
     schedule = recipe.schedule(optimizer)
-    engine = partition(model, config, [p for g in optimizer.param_groups for p in g["params"]])
+    engine = partition(model, config, [p for g in optimizer.param_groups for p in g["params"]], ranks)
     try:
         binding = OptimizerBinding(optimizer, engine)
-        yield Session(model, engine, binding, optimizer, schedule, case, recipe, precision)
+        first, world = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
+        yield Session(model, engine, binding, optimizer, schedule, case, recipe, precision, number=first, stride=world)
     finally:
         engine.context.close()
 

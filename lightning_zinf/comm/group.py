@@ -1,0 +1,206 @@
+"""Collectives on flat buffers, over torch.distributed.
+
+Note [Exact reduction]
+~~~~~~~~~~~~~~~~~~~~~~
+The reduce-scatter is an all-to-all of slices and a sum in rank order in float32: each rank gets its slice of every
+rank's gradients, and adds them up. That moves the bytes that a ring moves, in the dtype that the gradients have, but
+the result has one rounding less per hop, does not depend on the algorithm of the backend, and can be computed by a
+serial oracle to the bit. (A ring in bfloat16 rounds to bfloat16 at each of its steps.)
+
+With hybrid sharding, ranks form groups that have one copy of the model each. The slices' sums then go all-to-all among
+the ranks that have the same slice, in float32, and are added up in the order of the groups.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_zinf.comm.channel import Channel, StarChannel, connect
+from lightning_zinf.comm.rounds import Rounds
+from lightning_zinf.monitor.counters import Counters
+
+
+@dataclass
+class Ranks:
+    """The ranks that train a model together, and how it is cut among them.
+
+    Attributes:
+        rank: This rank.
+        world_size: Number of ranks.
+        shard_size: Number of ranks that share one copy of the model.
+        shard_group: The ranks that share this rank's copy.
+        replica_group: The ranks that have the same shard as this one, or None if there is one copy.
+        channel: For agreement.
+        world: The process group of all ranks.
+        local_size: Number of ranks on this machine.
+    """
+
+    rank: int
+    world_size: int
+    shard_size: int
+    shard_group: Any
+    replica_group: Any
+    channel: StarChannel
+    world: Any = None
+    local_size: int = 1
+
+    @property
+    def shard_rank(self) -> int:
+        """Number of this rank's shard."""
+        return self.rank % self.shard_size
+
+    @property
+    def replicas(self) -> int:
+        """Number of copies of the model."""
+        return self.world_size // self.shard_size
+
+
+_built: dict[tuple[Any, ...], Ranks] = {}
+_generation = 0
+
+
+def ranks_of(shard_size: int | None, timeout: timedelta, local_size: int = 1) -> Ranks:
+    """Return the ranks of the default process group; all of them call this.
+
+    Args:
+        shard_size: Number of ranks that share one copy of the model; None for all.
+        timeout: Longest time to wait for other ranks.
+        local_size: Number of ranks on this machine.
+
+    Raises:
+        ValueError: If ``shard_size`` does not divide the number of ranks.
+        ChannelError: If the ranks cannot be connected.
+    """
+    global _generation
+    world = dist.get_world_size()
+    shard_size = world if shard_size is None else shard_size
+    if world % shard_size:
+        raise ValueError(
+            f"shard_size={shard_size} must divide the number of ranks, {world}: each group of that many ranks has one "
+            "copy of the model"
+        )
+    key = (id(dist.group.WORLD), shard_size, timeout)  # the entry keeps the group, so that its id stays its own
+    found = _built.get(key)
+    if found is not None and found.channel.broken is None:
+        return found
+    if found is not None:
+        found.channel.close()
+    _generation += 1
+    rank = dist.get_rank()
+    store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined,unused-ignore]
+    channel = connect(store, rank, world, timeout, f"zinf/channel/{_generation}")
+    if found is not None:
+        found.channel = channel
+        return found
+    shard_group: Any = dist.group.WORLD
+    replica_group: Any = None
+    if shard_size < world:
+        for start in range(0, world, shard_size):
+            group = dist.new_group(list(range(start, start + shard_size)), timeout=timeout)
+            shard_group = group if start <= rank < start + shard_size else shard_group
+        for offset in range(shard_size):
+            group = dist.new_group(list(range(offset, world, shard_size)), timeout=timeout)
+            replica_group = group if rank % shard_size == offset else replica_group
+    _built[key] = Ranks(rank, world, shard_size, shard_group, replica_group, channel, dist.group.WORLD, local_size)
+    return _built[key]
+
+
+class Collectives:
+    """Collectives of one engine, which count their bytes.
+
+    Args:
+        ranks: The ranks.
+        counters: Where bytes are counted, as the size of the whole buffer that is gathered or reduced.
+    """
+
+    def __init__(self, ranks: Ranks, counters: Counters) -> None:
+        self.ranks = ranks
+        self.counters = counters
+
+    def all_gather(self, whole: Tensor, shard: Tensor) -> Any:
+        """Start to fill ``whole`` with every rank's ``shard``, which may be its own part of ``whole``."""
+        self.counters.all_gather_bytes += whole.nbytes
+        return _all_gather(whole, shard, self.ranks.shard_group)
+
+    def reduce_scatter(self, whole: Tensor) -> Reduction:
+        """Start to reduce ``whole``, which must stay untouched until the result is taken."""
+        self.counters.reduce_scatter_bytes += whole.nbytes
+        if self.ranks.shard_size == 1:
+            return Reduction(self, whole, whole, None)
+        received = torch.empty_like(whole)
+        work = dist.all_to_all_single(received, whole, group=self.ranks.shard_group, async_op=True)
+        return Reduction(self, whole, received, work)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Give ``tensor`` the value that it has on rank 0."""
+        self.counters.broadcast_bytes += tensor.nbytes
+        dist.broadcast(tensor, 0)
+
+
+@dataclass
+class Reduction:
+    """A reduce-scatter under way.
+
+    Attributes:
+        collectives: Whose.
+        sent: The whole gradients, kept until they are sent.
+        received: One slice of each rank.
+        work: The transfer, or None if there is none.
+    """
+
+    collectives: Collectives
+    sent: Tensor | None
+    received: Tensor
+    work: Any
+    _over_replicas: Tensor | None = field(default=None, repr=False)
+
+    def mean(self) -> Tensor:
+        """Wait, and return this rank's slice of the mean over all ranks, in float32."""
+        ranks = self.collectives.ranks
+        if self.work is not None:
+            self.work.wait()
+        total = _sum(self.received, ranks.shard_size)
+        self.sent = None
+        if ranks.replica_group is not None:
+            everyone = torch.empty(total.numel() * ranks.replicas, dtype=torch.float32, device=total.device)
+            self.collectives.counters.all_reduce_bytes += total.nbytes
+            _all_gather(everyone, total, ranks.replica_group).wait()
+            total = _sum(everyone, ranks.replicas)
+        return total.mul_(1.0 / ranks.world_size)
+
+
+def _sum(slices: Tensor, count: int) -> Tensor:
+    """Add ``count`` equal slices up in float32, first to last."""
+    parts = slices.view(count, -1)
+    total = parts[0].to(torch.float32, copy=True)
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _all_gather(whole: Tensor, shard: Tensor, group: Any) -> Any:
+    gather = getattr(dist, "all_gather_single", None)  # the name since torch 2.13
+    if gather is not None:
+        return gather(whole, shard, group=group, async_op=True)
+    return dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)
+
+
+def sum_over_shards(value: float, ranks: Ranks, rounds: Rounds, place: str) -> float:
+    """Return the sum of a float64 over the shards of one copy of the model, added up in rank order."""
+    parts = [struct.unpack("<d", p)[0] for p in rounds.meet(place, struct.pack("<d", value))]
+    return float(sum(parts[: ranks.shard_size]))
+
+
+def least(values: Sequence[int], channel: Channel, place: str) -> list[int]:
+    """Return the least of each value over all ranks."""
+    form = f"<{len(values)}q"
+    everyone = [struct.unpack(form, part) for part in channel.exchange(struct.pack(form, *values), f"is at {place}")]
+    return [min(column) for column in zip(*everyone, strict=True)]

@@ -1,0 +1,51 @@
+"""What the ranks of a test do: the engine without Lightning, as the strategy drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from together import Setting
+from pool import PATIENCE
+from driver import TILE, Where, session
+from models import ZOO
+from oracle import Recipe, Result
+
+from lightning_zinf.comm.group import Ranks, ranks_of
+from lightning_zinf.config import IOConfig
+
+
+def ranks(setting: Setting, timeout: Any = PATIENCE) -> Ranks:
+    return ranks_of(setting.shard, timeout, setting.world)
+
+
+def train(
+    rank: int,
+    size: int,
+    name: str,
+    folder: Path,
+    where: Where,
+    precision: str,
+    recipe: Recipe,
+    setting: Setting,
+    observe: Callable[..., Any] | None = None,
+) -> tuple[Result, Any]:
+    """Train a model of the zoo on this rank; return the result, and what ``observe`` says of the session."""
+    case = ZOO[name]
+    io = IOConfig(tile_numel=TILE // 2, threads=2, backend="threads")
+    with session(
+        case,
+        folder,
+        where,
+        precision,
+        recipe,
+        io=io,
+        model=case.make(seed=rank),  # rank 0's values have to win
+        ranks=ranks(setting),
+        stage=setting.stage,
+        shard=setting.shard,
+    ) as running:
+        running.train()
+        seen = None if observe is None else observe(running)
+        return running.result(), seen

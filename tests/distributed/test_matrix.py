@@ -1,0 +1,69 @@
+"""Training on several ranks has the bits of a serial data-parallel oracle, in every stage and wherever things live."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from driver import Where
+from models import ZOO
+from oracle import Recipe, Result, assert_same
+from pool import pool
+from together import Setting, train_together
+
+PRECISIONS = ["32-true", "bf16-mixed"]
+PLACES = {
+    1: [Where("none", "none"), Where("none", "nvme")],
+    2: [Where("none", "none"), Where("none", "nvme"), Where("none", "cpu", aliased=False)],
+    3: [
+        Where("none", "none"),
+        Where("nvme", "nvme", tight=True),
+        Where("none", "none", aliased=False),
+        Where("cpu", "nvme", aliased=False, tight=True),
+        Where("nvme", "cpu", aliased=False, tight=True),
+    ],
+}
+RECIPE = Recipe(steps=4)
+
+pytestmark = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch's optimizers have no fma here"
+)
+
+
+@functools.cache
+def expected(name: str, precision: str, setting: Setting) -> Result:
+    return train_together(ZOO[name], precision, RECIPE, setting)
+
+
+def check(name: str, precision: str, where: Where, setting: Setting, folder: Path) -> None:
+    found = pool(setting.world).run(ranks.train, name, folder, where, precision, RECIPE, setting)
+    assert_same(found[0][0], expected(name, precision, setting))
+    for result, _ in found[1:]:
+        result.losses = found[0][0].losses
+        assert_same(result, found[0][0])
+
+
+@pytest.mark.parametrize("where,stage", [(w, s) for s, ws in PLACES.items() for w in ws], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["gpt", "mixture", "late"])
+def test_two_ranks(name: str, precision: str, where: Where, stage: int, tmp_path: Path) -> None:
+    check(name, precision, where, Setting(2, stage), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where,stage", [(w, s) for s, ws in PLACES.items() for w in ws], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", [n for n in ZOO if n not in ("gpt", "mixture", "late")])
+def test_two_ranks_and_every_model(name: str, precision: str, where: Where, stage: int, tmp_path: Path) -> None:
+    check(name, precision, where, Setting(2, stage), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting", [Setting(4, 3), Setting(4, 2), Setting(4, 3, shard=2), Setting(4, 1, shard=2)], ids=str
+)
+def test_four_ranks(setting: Setting, tmp_path: Path) -> None:
+    where = Where("nvme", "nvme", tight=True) if setting.stage == 3 else Where("none", "none")
+    check("gpt", "bf16-mixed", where, setting, tmp_path)
