@@ -43,6 +43,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "ZeRO stage 3 with weights and optimizer state in host memory",
         {"stage": 3, "offload_params": "cpu", "offload_optimizer": "cpu"},
     ),
+    "zinf_spawn": ("ZeRO-Infinity in processes that this one spawns", {"start_method": "spawn"}),
+    "zinf_notebook": ("ZeRO-Infinity in processes forked from a notebook", {"start_method": "fork"}),
     "zinf_stage_3_offload_nvme": (
         "ZeRO stage 3 with weights and optimizer state on NVMe",
         {"stage": 3, "offload_params": "nvme", "offload_optimizer": "nvme"},

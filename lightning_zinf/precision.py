@@ -69,8 +69,10 @@ class ZinfPrecisionBody(_Base):
         engine.before_backward()
         try:
             super().backward(tensor, model, optimizer, *args, **kwargs)
-        finally:
-            engine.after_backward()
+        except BaseException:
+            engine.after_backward(failed=True)
+            raise
+        engine.after_backward()
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: int | float) -> None:
         """Clip by the norm over all gradients of an optimizer, wherever they are."""

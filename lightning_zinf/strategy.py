@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_zinf import _compat, ops
 from lightning_zinf import precision as precisions
 from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict
+from lightning_zinf.comm.group import Ranks, ranks_of
 from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, PartitionConfig, check_offload
 from lightning_zinf.engine.construction import paged_construction
 from lightning_zinf.engine.engine import Engine
@@ -63,9 +64,14 @@ class ZinfStrategyBody(_Base):
         memory: Budgets for memory that weights and state pass through.
         overlap: What runs ahead of the computation.
         io: How files are read and written.
-        process_group_backend: Backend of torch.distributed. This version trains with one process and makes no process
-            group, so it has no effect.
-        timeout: Longest time that a collective may take. No effect with one process.
+        shard_size: Number of ranks that share one copy of the model; the groups of ranks have one copy each (hybrid
+            sharding), as for ranks of one node each. By default all ranks share one. It must divide the number of
+            ranks.
+        process_group_backend: Backend of torch.distributed; by default ``gloo`` on a CPU, and on CUDA ``nccl`` with
+            ``gloo`` for tensors in host memory. One process makes no process group.
+        timeout: Longest time to wait for other ranks.
+        start_method: How to start the processes: ``popen`` runs the script again for each, ``spawn``, ``fork`` and
+            ``forkserver`` start copies of this process (``fork`` works in a notebook). One process starts no other.
         debug: Print what moved, and how long the computation waited for it, at the end of every run.
 
     Raises:
@@ -85,11 +91,17 @@ class ZinfStrategyBody(_Base):
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008  # frozen, and LightningCLI shows its fields
         overlap: OverlapConfig = OverlapConfig(),  # noqa: B008
         io: IOConfig = IOConfig(),  # noqa: B008
+        shard_size: int | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         debug: bool = False,
     ) -> None:
-        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        super().__init__(
+            process_group_backend=process_group_backend, timeout=timeout or timedelta(days=1), start_method=start_method
+        )
+        if shard_size is not None and (not isinstance(shard_size, int) or shard_size < 1):
+            raise ValueError(f"shard_size must be a positive number of ranks or None, got {shard_size!r}")
         if stage not in (1, 2, 3) or isinstance(stage, bool):
             raise ValueError(f"stage must be 1, 2 or 3, got {stage!r}")
         check_offload("offload_params", offload_params)
@@ -104,6 +116,8 @@ class ZinfStrategyBody(_Base):
         if isinstance(units, str) or not all(isinstance(unit, str) for unit in units or ()):
             raise ValueError(f"units must be a list of class names, got {units!r}")
         self.stage = stage
+        self.shard_size = shard_size
+        self._failed = False
         self.offload_params: Offload = offload_params
         self.offload_optimizer: Offload = offload_optimizer
         self.nvme_path = nvme_path
@@ -157,32 +171,114 @@ class ZinfStrategyBody(_Base):
         return math.sqrt(sum(binding_of(o).grad_norm() ** 2 for o in optimizers))
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Return the module's state dict with every weight whole, as float32 masters on the CPU."""
+        """Return the module's state dict with every weight whole, as float32 masters on the CPU.
+
+        With several ranks, all of them must call it.
+        """
         return full_state_dict(self.engine)
 
-    # ------------------------------------------------------------------ processes: one, with no process group
+    # ------------------------------------------------------------------ processes
+
+    @property
+    def _alone(self) -> bool:
+        """Whether there is one process, which needs no process group and nothing to launch it."""
+        return max(self.world_size, self.num_nodes * self.num_processes) == 1
 
     def _configure_launcher(self) -> None:
         # Called when the Trainer is built, once devices and nodes are known.
-        asked = max(self.world_size, self.num_nodes * self.num_processes)
-        if asked > 1:
-            raise ValueError(
-                f"ZeRO over several ranks is not in this version of the zinf strategy, but {asked} processes were "
-                "asked for: pass Trainer(devices=1, num_nodes=1)"
-            )
-        self._launcher = None  # nothing to launch, so a notebook will do
+        if self._alone:
+            self._launcher = None  # nothing to launch, so a notebook will do
+        else:
+            super()._configure_launcher()
 
     def setup_distributed(self) -> None:
-        """Set the ranks; one process needs no process group."""
-        self.set_world_ranks()
+        """Set the ranks, and join the other processes if there are any."""
+        if self._alone:
+            self.set_world_ranks()
+        else:
+            super().setup_distributed()
+
+    def _get_process_group_backend(self) -> str:
+        if self._process_group_backend is None and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"  # what is offloaded cannot go through nccl
+        return str(super()._get_process_group_backend())
 
     def setup_environment(self) -> None:
         """Refuse what cannot work before anything is copied or built for it."""
         if self.lightning_module is not None:
             trainer = self.lightning_module.trainer
             self._refuse_callbacks(trainer)
-            _compat.keep_samplers(trainer)
+            if self._alone:
+                _compat.keep_samplers(trainer)
         super().setup_environment()
+
+    def _ranks(self) -> Ranks | None:
+        if self._alone:
+            return None
+        return ranks_of(self.shard_size, self._timeout or timedelta(days=1), self.num_processes)
+
+    # Whoever waits in a collective cannot serve weights to others, so all ranks meet before each.
+
+    def _meet(self, place: str) -> None:
+        engine = self._engine
+        if engine is not None and not self._failed:
+            engine.meet(place)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks."""
+        self._meet(f"a barrier {args[0] if args else kwargs.get('name') or ''}".strip())
+        super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return what rank ``src`` has."""
+        self._meet("a broadcast")
+        return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reduce a tensor over all ranks."""
+        self._meet("a reduction")
+        return super().reduce(tensor, *args, **kwargs)
+
+    def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Gather a tensor from all ranks."""
+        self._meet("a gathering of tensors")
+        gathered: Tensor = super().all_gather(tensor, *args, **kwargs)
+        return gathered
+
+    def _sync_buffers(self) -> None:
+        """Give all ranks rank 0's buffers (running statistics), which is what DDP evaluates and saves."""
+        engine = self._engine
+        if engine is not None and engine.context.comm is not None:
+            engine.meet("the start of an evaluation")
+            with torch.no_grad():
+                for module in engine.root.modules():
+                    for name, buffer in module._buffers.items():
+                        if buffer is not None and name not in module._non_persistent_buffers_set:
+                            engine.context.comm.broadcast(buffer)
+
+    def on_validation_start(self) -> None:
+        """Evaluate with rank 0's buffers."""
+        self._sync_buffers()
+
+    def on_test_start(self) -> None:
+        """Evaluate with rank 0's buffers."""
+        self._sync_buffers()
+
+    def on_predict_start(self) -> None:
+        """Predict with rank 0's buffers."""
+        self._sync_buffers()
+
+    def on_validation_end(self) -> None:
+        """Serve the ranks that have more batches."""
+        self._meet("the end of validation")
+
+    def on_test_end(self) -> None:
+        """Serve the ranks that have more batches."""
+        self._meet("the end of the test")
+
+    def on_predict_end(self) -> None:
+        """Serve the ranks that have more batches."""
+        self._meet("the end of prediction")
 
     def _refuse_callbacks(self, trainer: "Trainer") -> None:
         found = _compat.instances_of(self.package, trainer.callbacks, REFUSED_CALLBACKS)  # type: ignore[attr-defined]
@@ -223,8 +319,10 @@ class ZinfStrategyBody(_Base):
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         ops.set_num_threads(torch.get_num_threads())
-        # One process has no other to synchronise BatchNorm with, so Trainer(sync_batchnorm=True) needs nothing here.
+        self._failed = False
         self.model = self.precision_plugin.convert_module(self.lightning_module)
+        if self._layer_sync and not self._alone:  # one process has no other to synchronise BatchNorm with
+            self.model = self._layer_sync.apply(self.model)
         self.model_to_device()
         fitting = trainer.state.fn == "fit"
         if fitting:
@@ -242,15 +340,16 @@ class ZinfStrategyBody(_Base):
 
     def _partition(self, module: "LightningModule", *, bind: bool) -> None:
         config = self._partition_config()
+        ranks = self._ranks()
         engine = engine_of(module)
-        reusable = engine is not None and self._equal(engine.config, config)
+        reusable = engine is not None and self._equal(engine.config, config) and engine.join(ranks)
         optimizers = [o for o in map(_compat.unwrapped, self._optimizers) if not _compat.is_mock(self.package, o)]
         kept = states_to_keep(optimizers, engine if reusable else None) if bind else []
         if not reusable:
             if engine is not None:
                 forget(module)
             trained = [p for o in optimizers for group in o.param_groups for p in group["params"]] if bind else []
-            engine = partition(module, config, trained)
+            engine = partition(module, config, trained, ranks)
         if bind:
             assert engine is not None
             bind_all(optimizers, engine, kept)
@@ -274,6 +373,8 @@ class ZinfStrategyBody(_Base):
             memory=self.memory,
             overlap=self.overlap,
             io=self.io,
+            stage=3 if self._alone else self.stage,
+            shard_size=None if self._alone else self.shard_size,
         )
 
     def _announce(self) -> None:
@@ -319,10 +420,10 @@ class ZinfStrategyBody(_Base):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the whole state dict on rank 0."""
+        """Return the whole state dict on rank 0, and an empty one elsewhere."""
         if self._engine is None:
             return super().lightning_module_state_dict()
-        return self.full_state_dict() if self.is_global_zero else {}
+        return full_state_dict(self._engine, keep=self.is_global_zero)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint of this or another strategy."""
@@ -353,6 +454,10 @@ class ZinfStrategyBody(_Base):
         """Get the engine ready for whatever comes next."""
         if self._engine is not None:
             self._engine.reset()
+            if self._engine.rounds is not None:
+                self._failed = True
+                kind, text = type(exception).__name__, str(exception)[:500]
+                self._engine.rounds.channel.abort(f"rank {self.global_rank} stopped with {kind}: {text}")
 
     def teardown(self) -> None:
         """Finish what is under way.
@@ -366,6 +471,9 @@ class ZinfStrategyBody(_Base):
             if self.debug:
                 counted = "\n".join(f"  {name:<22}  {value:,.6g}" for name, value in engine.counters.snapshot().items())
                 rank_zero_info(f"zinf counters:\n{counted}")
+            if self._start_method != "popen" and not self._alone and not self._failed:
+                assert self.lightning_module is not None
+                forget(self.lightning_module)  # the launcher takes the whole state dict to the main process
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()

@@ -17,22 +17,31 @@ if TYPE_CHECKING:
     from lightning_zinf.engine.engine import Engine
 
 
-def full_state_dict(engine: Engine) -> dict[str, Tensor]:
+def full_state_dict(engine: Engine, keep: bool = True) -> dict[str, Tensor]:
     """Return ``module.state_dict()`` with every master weight whole, on the CPU.
 
-    Tied entries share one tensor. Buffers are copies.
+    Tied entries share one tensor. Buffers are copies. With several ranks, all of them must call it.
+
+    Args:
+        engine: The model's engine.
+        keep: If False, only help the other ranks to get theirs, and return an empty dict.
 
     Raises:
         MemoryError: If the weights do not fit into the free host memory, with the numbers.
     """
-    check_room(sum(4 * b.layout.numel for u in engine.units for b in u.buffers), "the model's weights")
+    if keep:
+        check_room(sum(4 * b.layout.numel for u in engine.units for b in u.buffers), "the model's weights")
     masters: dict[int, Tensor] = {}
     for unit in engine.units:
         with engine.loaded(unit):
             for buffer in unit.buffers:
+                if not keep:
+                    continue
                 flat = buffer.read_master().cpu()
                 for param, view in zip(buffer.params, buffer.views_of(flat), strict=True):
                     masters[id(param)] = view.to(buffer.view_dtype, copy=True)
+    if not keep:
+        return {}
     state = engine.root.state_dict(keep_vars=True)
     for name, value in state.items():
         if id(value) in masters:

@@ -37,6 +37,8 @@ class Ranks:
         world_size: Number of ranks.
         shard_size: Number of ranks that share one copy of the model.
         shard_group: The ranks that share this rank's copy.
+        reduce_group: The same ranks once more: what goes out in backward may be ordered otherwise than the gathers,
+            on each rank, and a group matches its collectives by their order.
         replica_group: The ranks that have the same shard as this one, or None if there is one copy.
         channel: For agreement.
         world: The process group of all ranks.
@@ -47,6 +49,7 @@ class Ranks:
     world_size: int
     shard_size: int
     shard_group: Any
+    reduce_group: Any
     replica_group: Any
     channel: StarChannel
     world: Any = None
@@ -101,15 +104,22 @@ def ranks_of(shard_size: int | None, timeout: timedelta, local_size: int = 1) ->
         found.channel = channel
         return found
     shard_group: Any = dist.group.WORLD
+    reduce_group: Any = None
     replica_group: Any = None
+    for start in range(0, world, shard_size):
+        members = list(range(start, start + shard_size))
+        group = dist.new_group(members, timeout=timeout)
+        reduce_group = group if rank in members else reduce_group
+        if shard_size < world:
+            group = dist.new_group(members, timeout=timeout)
+            shard_group = group if rank in members else shard_group
     if shard_size < world:
-        for start in range(0, world, shard_size):
-            group = dist.new_group(list(range(start, start + shard_size)), timeout=timeout)
-            shard_group = group if start <= rank < start + shard_size else shard_group
         for offset in range(shard_size):
             group = dist.new_group(list(range(offset, world, shard_size)), timeout=timeout)
             replica_group = group if rank % shard_size == offset else replica_group
-    _built[key] = Ranks(rank, world, shard_size, shard_group, replica_group, channel, dist.group.WORLD, local_size)
+    _built[key] = Ranks(
+        rank, world, shard_size, shard_group, reduce_group, replica_group, channel, dist.group.WORLD, local_size
+    )
     return _built[key]
 
 
@@ -136,7 +146,7 @@ class Collectives:
         if self.ranks.shard_size == 1:
             return Reduction(self, whole, whole, None)
         received = torch.empty_like(whole)
-        work = dist.all_to_all_single(received, whole, group=self.ranks.shard_group, async_op=True)
+        work = dist.all_to_all_single(received, whole, group=self.ranks.reduce_group, async_op=True)
         return Reduction(self, whole, received, work)
 
     def broadcast(self, tensor: Tensor) -> None:

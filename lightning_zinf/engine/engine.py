@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_zinf.comm.group import sum_over_shards
+from lightning_zinf.comm.group import Ranks, sum_over_shards
 from lightning_zinf.comm.rounds import Rounds
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
@@ -364,6 +364,17 @@ class Engine:
         if self.context.comm is None or self.rounds is None:
             return value
         return sum_over_shards(value, self.context.comm.ranks, self.rounds, place)
+
+    def join(self, ranks: Ranks | None) -> bool:
+        """Go on with these ranks; return False if the model is cut for others."""
+        comm = self.context.comm
+        if comm is None or self.rounds is None or ranks is None:
+            return comm is None and ranks is None
+        if (comm.ranks.rank, comm.ranks.world_size) != (ranks.rank, ranks.world_size):
+            return False
+        comm.ranks = ranks
+        self.rounds.channel = ranks.channel
+        return True
 
     def meet(self, place: str) -> None:
         """Wait for the other ranks to come to ``place`` too, and serve them until then. Call it before a collective."""

@@ -298,7 +298,13 @@ class Pager:
         """
         if unit.state is UnitState.HOST:
             self.close_host(unit)
-        self.gather([unit], whole=True)
+        if self.rounds is not None:
+            # Not by wants: what is here already may differ between ranks.
+            self.rounds.meet(f"reading whole {_described([unit])}")
+            self._wanted.append(unit)
+            self.collect([Want(unit.index, whole=True)])
+            self._wanted.remove(unit)
+        self.gather([unit], whole=self.rounds is not None)
         self._take_in(unit)
         try:
             yield unit

@@ -247,6 +247,8 @@ class Reducer:
 
     def _make_room(self) -> None:
         """Take in what has arrived; wait a little for the rest if that cannot be in anybody's way."""
+        if self._comm.ranks.replica_group is not None:
+            return  # the other copies of the model would have to take it in at the same time
         deadline = time.monotonic() + (PATIENCE_SECONDS if self._alike else 0.0)
         while self._waiting and (self._waiting[0].arrived() or self._in_flight > self._budget):
             if not self._waiting[0].arrived():

@@ -20,7 +20,10 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer_state_dict(binding: OptimizerBinding) -> dict[str, Any]:
-    """Return an optimizer's state in torch.optim's layout, on the CPU."""
+    """Return an optimizer's state in torch.optim's layout, on the CPU.
+
+    With several ranks, all of them must call it, and all get the whole state.
+    """
     engine = binding.engine
     params = owned_params(binding.optimizer)
     number = {id(p): i for i, p in enumerate(params)}
@@ -68,29 +71,30 @@ def load_optimizer_state_dict(binding: OptimizerBinding, state_dict: Mapping[str
 
 def _load_buffer(buffer: Any, states: Mapping[int, Mapping[str, Any] | None]) -> None:
     planes = {m: buffer.read_plane(m) for m in _MOMENTS}
+    first, end = buffer.shard_range
+    parts = {index: (offset, low, numel) for index, offset, low, numel in buffer.layout.overlaps(first, end)}
     for j, (name, param) in enumerate(zip(buffer.names, buffer.params, strict=True)):
         if id(param) not in states:
             continue
         entry = states[id(param)] or {}
         buffer.steps[j] = int(entry.get("step", 0))
         for moment in _MOMENTS:
-            view = buffer.views_of(planes[moment])[j]
             value = entry.get(moment)
-            if value is None:
-                view.zero_()
-                continue
-            if tuple(value.shape) != tuple(view.shape):
+            if value is not None and tuple(value.shape) != tuple(param.shape):
                 raise ValueError(
                     f"optimizer state {moment!r} of parameter {name!r} has shape {tuple(value.shape)}, but the "
-                    f"parameter has shape {tuple(view.shape)}"
+                    f"parameter has shape {tuple(param.shape)}"
                 )
-            view.copy_(value)
+            if j in parts:
+                offset, low, numel = parts[j]
+                view = planes[moment][low - first : low - first + numel]
+                view.copy_(value.reshape(-1)[offset : offset + numel]) if value is not None else view.zero_()
     for moment in _MOMENTS:
         buffer.state.write(moment, planes[moment])
 
 
 def _views(buffer: Any, plane: str) -> list[Tensor]:
-    flat = buffer.read_plane(plane)
+    flat = buffer.whole_plane(plane)
     assert flat is not None, buffer
     return list(buffer.views_of(flat.cpu()))
 

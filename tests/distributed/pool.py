@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=15)
 """Longest time that a collective of a test may take."""
 
 
@@ -98,6 +98,9 @@ def close_all() -> None:
 def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    # What torchrun sets: Lightning then starts no processes itself.
+    os.environ.update(TORCHELASTIC_RUN_ID="tests", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     while True:

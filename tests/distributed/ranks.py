@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from together import Setting
-from pool import PATIENCE
 from driver import TILE, Where, session
 from models import ZOO
 from oracle import Recipe, Result
+from pool import PATIENCE
+from together import Setting
 
 from lightning_zinf.comm.group import Ranks, ranks_of
 from lightning_zinf.config import IOConfig

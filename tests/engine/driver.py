@@ -48,7 +48,9 @@ class Where:
         return "-".join([self.params, self.optimizer, *flags])
 
 
-def buffer_sizes(module: nn.Module, precision: str, units: tuple[str, ...]) -> dict[str, list[tuple[int, int]]]:
+def buffer_sizes(
+    module: nn.Module, precision: str, units: tuple[str, ...], shards: int = 1
+) -> dict[str, list[tuple[int, int]]]:
     """Return ``(elements, bytes of one)`` of each unit's flat buffers, by the layout's arithmetic alone."""
     found: dict[str, list[tuple[int, int]]] = {}
     whole = {id(p) for m in module.modules() if isinstance(m, BATCH_NORM) for p in m.parameters(recurse=False)}
@@ -58,15 +60,15 @@ def buffer_sizes(module: nn.Module, precision: str, units: tuple[str, ...]) -> d
             low = param.dtype == torch.bfloat16 or (precision == "bf16-mixed" and id(param) not in whole)
             groups.setdefault((2 if low else 4, param.dtype, param.requires_grad), []).append(param)
         found[plan.name] = [
-            (FlatLayout.build([p.shape for p in params], itemsize).padded_numel, itemsize)
+            (FlatLayout.build([p.shape for p in params], itemsize, shards).padded_numel, itemsize)
             for (itemsize, *_), params in groups.items()
         ]
     return found
 
 
-def tight_memory(module: nn.Module, precision: str, units: tuple[str, ...]) -> MemoryConfig:
+def tight_memory(module: nn.Module, precision: str, units: tuple[str, ...], shards: int = 1) -> MemoryConfig:
     """Return about the least memory that pages can do with: the largest unit beside the root's, and two tiles."""
-    sizes = buffer_sizes(module, precision, units)
+    sizes = buffer_sizes(module, precision, units, shards)
     totals = {name: sum(numel * itemsize for numel, itemsize in buffers) for name, buffers in sizes.items()}
     least = max(totals.values()) + (totals[""] if max(totals.values()) != totals[""] else 0)
     buffers = [buffer for unit in sizes.values() for buffer in unit]
@@ -182,7 +184,8 @@ def session(
     where, recipe = where or Where(), recipe or Recipe()
     model = case.make() if model is None else model
     if memory is None:
-        memory = tight_memory(model, precision, case.units) if where.tight else MemoryConfig()
+        shards = 1 if ranks is None else ranks.shard_size
+        memory = tight_memory(model, precision, case.units, shards) if where.tight else MemoryConfig()
     config = PartitionConfig(
         device=CPU,
         precision=precision,  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""A Trainer with several ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainers
+from pool import pool
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "stage-1": {"stage": 1},
+    "stage-2": {"stage": 2},
+    "stage-3": {"stage": 3},
+    "nvme": {"offload_params": "nvme", "offload_optimizer": "nvme"},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_as_ddp(setting: str, tmp_path: Path) -> None:
+    """With two ranks the mean of gradients is exact, so only Adam's square root may differ, in its last place.
+
+    A step moves a weight by lr = 1e-2 at most, of which the square root and what follows it can be wrong by 2^-21, and
+    the addition by 2^-24 of the weight, below 4: over 12 steps 12 * (2^-21 * 1e-2 + 2^-22) < 3e-6. A different weight
+    changes later gradients too; three times that is allowed.
+    """
+    options: dict[str, Any] = {"gradient_clip_val": 10.0}
+    ours = pool(2).run(trainers.fit, tmp_path, SETTINGS[setting], options)
+    ddp = pool(2).run(trainers.fit, tmp_path, "ddp", options)
+    assert ours[0]["steps"] == ddp[0]["steps"] == 12
+    for name, weight in ddp[0]["weights"].items():
+        torch.testing.assert_close(ours[0]["weights"][name], weight, atol=1e-5, rtol=0)
+        assert torch.equal(ours[0]["weights"][name], ours[1]["weights"][name]), name
+    assert ours[0]["metrics"].keys() == ddp[0]["metrics"].keys()
+    assert ours[0]["metrics"]["val_loss"] == pytest.approx(ddp[0]["metrics"]["val_loss"], rel=1e-4)
+    assert ours[0]["metrics"]["val_loss"] == ours[1]["metrics"]["val_loss"]
+
+
+def test_sampler_is_distributed(tmp_path: Path) -> None:
+    assert pool(2).run(trainers.batches_of_rank, tmp_path) == [4, 4]
+
+
+def test_predict_with_uneven_batches(tmp_path: Path) -> None:
+    first, second = pool(2).run(trainers.predict_unevenly, tmp_path)
+    assert [len(first), len(second)] == [3, 1]
+    assert torch.equal(first[0], second[0])
+
+
+def test_resume(tmp_path: Path) -> None:
+    for whole, resumed in pool(2).run(trainers.resume, tmp_path):
+        for name in whole:
+            assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_one_rank_reads_a_weight(tmp_path: Path) -> None:
+    assert pool(2).run(trainers.read_on_one_rank, tmp_path) == [0.0, 1.0]
+
+
+def test_one_rank_writes_a_weight(tmp_path: Path) -> None:
+    for said in pool(2).run(trainers.write_on_one_rank, tmp_path):
+        assert "changed parameters in different ways on the ranks" in said
+        assert "head" in said or "root" in said
+
+
+def test_an_exception_on_one_rank_reaches_all(tmp_path: Path) -> None:
+    first, second = pool(2).run(trainers.fail_on_one_rank_and_fit_again, tmp_path)
+    assert "rank 1 stopped with RuntimeError: broken on purpose" in first[0]
+    assert second[0] == "RuntimeError: broken on purpose"
+    assert first[1] == second[1] == 4
