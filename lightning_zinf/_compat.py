@@ -7,7 +7,7 @@ package's name.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,20 @@ def keep_samplers(trainer: Any) -> None:
     shuffles training data whether the user asked for it or not.
     """
     trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def meet_before_batches(trainer: Any, meet: Callable[[], None]) -> None:
+    """Call ``meet`` before the broadcast that Lightning 2.6 makes in every batch around the strategy (SIGTERM)."""
+    loop = trainer.fit_loop.epoch_loop
+    broadcast = getattr(type(loop), "_broadcast_sigterm_tensor", None)
+    if broadcast is None:
+        return
+
+    def meet_and_broadcast() -> None:
+        meet()
+        broadcast(loop)
+
+    loop._broadcast_sigterm_tensor = meet_and_broadcast
 
 
 def move_all_but_parameters(root: nn.Module, device: torch.device) -> None:

@@ -6,6 +6,7 @@ It does no tensor arithmetic, and keeps no state that the engine has: a module's
 """
 
 # No `from __future__ import annotations`: LightningCLI reads the annotations of the constructor.
+import functools
 import math
 import os
 import pickle
@@ -331,6 +332,8 @@ class ZinfStrategyBody(_Base):
         self._partition(self.lightning_module, bind=fitting)
         self.setup_precision_plugin()
         if fitting:
+            if not self._alone:
+                _compat.meet_before_batches(trainer, functools.partial(self._meet, "the next batch"))
             self._announce()
 
     def model_to_device(self) -> None:

@@ -36,7 +36,8 @@ class Ranks:
         rank: This rank.
         world_size: Number of ranks.
         shard_size: Number of ranks that share one copy of the model.
-        shard_group: The ranks that share this rank's copy.
+        shard_group: The ranks that share this rank's copy; never the default group, whose collectives are Lightning's
+            and the user's.
         reduce_group: The same ranks once more: what goes out in backward may be ordered otherwise than the gathers,
             on each rank, and a group matches its collectives by their order.
         replica_group: The ranks that have the same shard as this one, or None if there is one copy.
@@ -103,16 +104,15 @@ def ranks_of(shard_size: int | None, timeout: timedelta, local_size: int = 1) ->
     if found is not None:
         found.channel = channel
         return found
-    shard_group: Any = dist.group.WORLD
+    shard_group: Any = None
     reduce_group: Any = None
     replica_group: Any = None
     for start in range(0, world, shard_size):
         members = list(range(start, start + shard_size))
         group = dist.new_group(members, timeout=timeout)
         reduce_group = group if rank in members else reduce_group
-        if shard_size < world:
-            group = dist.new_group(members, timeout=timeout)
-            shard_group = group if rank in members else shard_group
+        group = dist.new_group(members, timeout=timeout)
+        shard_group = group if rank in members else shard_group
     if shard_size < world:
         for offset in range(shard_size):
             group = dist.new_group(list(range(offset, world, shard_size)), timeout=timeout)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = timedelta(seconds=15)
+PATIENCE = timedelta(seconds=30)
 """Longest time that a collective of a test may take."""
 
 

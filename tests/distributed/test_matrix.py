@@ -46,7 +46,7 @@ def check(name: str, precision: str, where: Where, setting: Setting, folder: Pat
         assert_same(result, found[0][0])
 
 
-@pytest.mark.parametrize("where,stage", [(w, s) for s, ws in PLACES.items() for w in ws], ids=str)
+@pytest.mark.parametrize(("where", "stage"), [(w, s) for s, ws in PLACES.items() for w in ws], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["gpt", "mixture", "late"])
 def test_two_ranks(name: str, precision: str, where: Where, stage: int, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_two_ranks(name: str, precision: str, where: Where, stage: int, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where,stage", [(w, s) for s, ws in PLACES.items() for w in ws], ids=str)
+@pytest.mark.parametrize(("where", "stage"), [(w, s) for s, ws in PLACES.items() for w in ws], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", [n for n in ZOO if n not in ("gpt", "mixture", "late")])
 def test_two_ranks_and_every_model(name: str, precision: str, where: Where, stage: int, tmp_path: Path) -> None:

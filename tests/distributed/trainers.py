@@ -49,35 +49,6 @@ def resume(rank: int, size: int, folder: Path) -> tuple[dict[str, Tensor], dict[
     return lightning_zinf.full_state_dict(whole), lightning_zinf.full_state_dict(second)
 
 
-class Uneven(Net):
-    """Rank 0 alone reads a weight after the first batch."""
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.global_rank == 0:
-            self.read = float(self.head.weight.sum())
-
-
-def read_on_one_rank(rank: int, size: int, folder: Path) -> float:
-    model = net(Uneven)
-    build(size, "zinf", folder).fit(model, loader(4))
-    return float(model.global_rank)
-
-
-class Writes(Net):
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.global_rank == 0:
-            with torch.no_grad():
-                self.head.weight.add_(1.0)
-
-
-def write_on_one_rank(rank: int, size: int, folder: Path) -> str:
-    try:
-        build(size, "zinf", folder).fit(net(Writes), loader(8))
-    except ValueError as error:
-        return str(error)
-    return "nothing raised"
-
-
 class Fails(Net):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         if batch_idx == 1 and self.global_rank == 1:

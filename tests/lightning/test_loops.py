@@ -295,11 +295,18 @@ def test_batch_norm_and_sync_batchnorm(tmp_path: Path) -> None:
     assert_close(weights(module), oracle.state_dict())
 
 
-def test_world_size_above_one_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="several ranks is not in this version"):
-        trainer(tmp_path, "zinf", devices=2)
-    with pytest.raises(ValueError, match="several ranks is not in this version"):
-        trainer(tmp_path, "zinf", num_nodes=2)
+def test_several_processes_get_a_launcher_and_one_gets_none(tmp_path: Path) -> None:
+    assert trainer(tmp_path, "zinf").strategy.launcher is None
+    assert trainer(tmp_path, "zinf", devices=2).strategy.launcher is not None
+    for name in ("zinf_spawn", "zinf_notebook"):
+        assert trainer(tmp_path, name, devices=2).strategy.launcher.is_interactive_compatible == (
+            name == "zinf_notebook"
+        )
+
+
+def test_shard_size_must_be_a_number_of_ranks() -> None:
+    with pytest.raises(ValueError, match="shard_size must be a positive number"):
+        zinf("device", shard_size=0)
 
 
 def test_one_process_has_no_launcher_and_no_process_group(tmp_path: Path) -> None:
