@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from driver import TILE, Where, session
+from driver import TILE, Session, Where, session
 from models import ZOO
 from oracle import Recipe, Result
 from pool import PATIENCE
@@ -49,3 +49,18 @@ def train(
         running.train()
         seen = None if observe is None else observe(running)
         return running.result(), seen
+
+
+def traffic(running: Session) -> dict[str, int]:
+    """Return the bytes that went between ranks, and what this rank keeps."""
+    buffers = [b for unit in running.engine.units for b in unit.buffers]
+    counters = running.engine.counters
+    return {
+        "all_gather_bytes": counters.all_gather_bytes,
+        "reduce_scatter_bytes": counters.reduce_scatter_bytes,
+        "reused_bytes": counters.reused_bytes,
+        "elements": sum(b.layout.padded_numel for b in buffers),
+        "weights": sum(b.weight_bytes for b in buffers),
+        "resident": sum(b.weights.host_bytes for b in buffers),
+        "state": sum(b.state.nbytes for b in buffers if b.state is not None),
+    }
