@@ -118,6 +118,7 @@ class ZinfStrategyBody(_Base):
             raise ValueError(f"units must be a list of class names, got {units!r}")
         self.stage = stage
         self.shard_size = shard_size
+        self.start_method = start_method
         self._failed = False
         self.offload_params: Offload = offload_params
         self.offload_optimizer: Offload = offload_optimizer
