@@ -25,8 +25,8 @@ def gathered(params: Params, write: bool = False) -> Iterator[None]:
 
     Args:
         params: A parameter, some, or a module for all of its.
-        write: Say that the weights will be changed. Where training runs in several processes, changes made without it
-            would get lost; in one process, changes always stay.
+        write: Say that the weights will be changed. Changes stay either way; with several ranks, every rank has to make
+            the same.
     """
     if isinstance(params, nn.Module):
         params = params.parameters()

@@ -39,11 +39,11 @@ _NAMES_OF_METHODS = (  # noqa: SIM905
 ).split()
 # torch 2.13 dropped some of these (named tensors), hence hasattr; getters are compared with ==, since
 # T.device.__get__ is a new wrapper object each time.
-_METADATA: set[Any] = {getattr(Tensor, n).__get__ for n in _NAMES_OF_GETTERS if hasattr(Tensor, n)}
-_METADATA |= {getattr(Tensor, n) for n in _NAMES_OF_METHODS if hasattr(Tensor, n)}
+METADATA: set[Any] = {getattr(Tensor, n).__get__ for n in _NAMES_OF_GETTERS if hasattr(Tensor, n)}
+METADATA |= {getattr(Tensor, n) for n in _NAMES_OF_METHODS if hasattr(Tensor, n)}
 _TENSOR: Any = Tensor
-_METADATA |= {_TENSOR.requires_grad.__set__, _TENSOR.grad.__set__, _TENSOR.grad.__delete__}
-_METADATA |= {torch.is_complex, torch.numel}
+METADATA |= {_TENSOR.requires_grad.__set__, _TENSOR.grad.__set__, _TENSOR.grad.__delete__}
+METADATA |= {torch.is_complex, torch.numel}
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _DEVICE = Tensor.device.__get__
@@ -115,7 +115,7 @@ class Released:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             return _bare(func, args, kwargs)
         if args and isinstance(args[0], Released):
             answered, answer = _described(func, args, kwargs)

@@ -172,6 +172,25 @@ class ZinfStrategyBody(_Base):
         optimizers = self.optimizers if optimizer is None else [optimizer]
         return math.sqrt(sum(binding_of(o).grad_norm() ** 2 for o in optimizers))
 
+    def clip_grad_norm_(self, max_norm: float, optimizer: Any | None = None) -> float:
+        """Have the coming step of an optimizer clip its gradients to a norm, and return their norm before.
+
+        For manual optimization, as ``torch.nn.utils.clip_grad_norm_`` would, wherever gradients are. With several
+        ranks, all of them must call it.
+
+        Args:
+            max_norm: Largest norm of all gradients of the optimizer as one vector.
+            optimizer: Whose; may be left out if there is one.
+
+        Raises:
+            ValueError: If there are several optimizers and none is named.
+        """
+        if optimizer is None:
+            if len(self.optimizers) != 1:
+                raise ValueError(f"clip_grad_norm_: say which of the {len(self.optimizers)} optimizers is meant")
+            optimizer = self.optimizers[0]
+        return binding_of(optimizer).clip_by_norm(float(max_norm))
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return the module's state dict with every weight whole, as float32 masters on the CPU.
 

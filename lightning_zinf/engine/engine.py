@@ -353,6 +353,8 @@ class Engine:
         self._after_backward()
         if self.reducer is not None and self.reducer.early and not failed:
             self._finish_reduction("the end of a backward")
+        elif self.reducer is not None:
+            self.reducer.hide()
 
     def reduce_gradients(self) -> None:
         """An optimizer is about to use the gradients: have all of them reduced over the ranks."""
@@ -398,8 +400,7 @@ class Engine:
         raise ValueError(
             "code outside of training steps changed parameters in different ways on the ranks (last changed: "
             f"{', '.join(sorted({t.decode() for t in told if t}))}). Each rank keeps only its own shard of a weight, "
-            "so the change has to be the same on every rank: do it on all of them, or inside of `with "
-            "lightning_zinf.gathered(params, write=True):`, which takes rank 0's"
+            "so the change has to be the same on every rank: do it on all of them, with the same values"
         )
 
     def update(self, buffer: FlatBuffer, update: Update) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from lightning_zinf.comm.group import Collectives, Reduction
 from lightning_zinf.comm.rounds import Rounds
 from lightning_zinf.engine.gradients import Piece, refuse_sparse
+from lightning_zinf.engine.guard import ShardedGradient, guard
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -51,6 +52,7 @@ class ShardedGradients:
         self._sums: dict[int, Tensor] = {}
         self._shard: Tensor | None = None
         self._have: set[int] = set()
+        self._hidden: dict[int, Tensor] = {}
         self._under_way: list[tuple[Reduction, set[int]]] = []
 
     # ------------------------------------------------------------------ this rank's own
@@ -58,8 +60,28 @@ class ShardedGradients:
     def take(self, index: int) -> None:
         """Leave the gradient of parameter ``index`` where it is, until the whole buffer goes out."""
 
+    def hide(self) -> None:
+        """Put a guard in the place of every gradient that there is, until the next backward."""
+        for index, param in enumerate(self._buffer.params):
+            grad = param.grad
+            if isinstance(grad, ShardedGradient):
+                continue
+            if grad is not None:
+                self._hidden[index] = grad
+            if grad is not None or index in self._have or index in self._sums:
+                param.grad = guard(param)
+
+    def show(self) -> None:
+        """Take the guards away again."""
+        for index, param in enumerate(self._buffer.params):
+            if isinstance(param.grad, ShardedGradient):
+                param.grad = None  # first: the dtype may be another by now
+                if index in self._hidden:
+                    param.grad = self._hidden.pop(index)
+
     def before_backward(self) -> None:
         """Stage 1: move what the last backward left to float32 sums."""
+        self.show()
         if self._buffer.context.stage > 1 or self._buffer.compute_dtype == torch.float32:
             return
         for index, param in enumerate(self._buffer.params):
@@ -155,6 +177,8 @@ class ShardedGradients:
             low, numel = parts.get(index, (first, 0))
             pieces.append(Piece(index, low - first, self._shard[low - first : low - first + numel]))
         if not keep:
+            for index in indices:
+                self._buffer.params[index].grad = None
             self._forget(indices, zero=False)
         return pieces
 
@@ -162,6 +186,7 @@ class ShardedGradients:
         """Forget the gradients of these parameters."""
         for index in indices:
             self._sums.pop(index, None)
+            self._hidden.pop(index, None)
             self._buffer.params[index].grad = None
         self._forget(indices, zero=True)
 
@@ -274,6 +299,8 @@ class Reducer:
         Returns:
             Whether all ranks have made the same changes to weights outside of compute.
         """
+        for buffer in self._buffers:
+            _sharded(buffer).show()
         first, late, wide = self._own()
         order = self._completed if self._comm.ranks.rank == 0 and self.early and not self._agreed else []
         payload = (
@@ -304,8 +331,14 @@ class Reducer:
         for buffer in self._buffers:
             if have.get(id(buffer)):
                 _sharded(buffer).absorb(have[id(buffer)])
+        self.hide()
         self.reset()
         return len({a[1:5] for a in answers}) == 1
+
+    def hide(self) -> None:
+        """Let code that uses ``p.grad`` raise from here to the next backward."""
+        for buffer in self._buffers:
+            _sharded(buffer).hide()
 
     def _reduce_late(self, late: set[int], wide: bool) -> None:
         """Reduce what came for units whose gradients had gone out already (shared weights under recomputation)."""

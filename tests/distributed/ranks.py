@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from driver import TILE, Session, Where, session
 from models import ZOO
 from oracle import Recipe, Result
@@ -64,3 +65,32 @@ def traffic(running: Session) -> dict[str, int]:
         "resident": sum(b.weights.host_bytes for b in buffers),
         "state": sum(b.state.nbytes for b in buffers if b.state is not None),
     }
+
+
+def touch_gradients(rank: int, size: int, folder: Path, precision: str, setting: Setting) -> tuple[list[str], Result]:
+    """Train while user code tries to clip and to read gradients between backward and step."""
+    said: list[str] = []
+    case, recipe = ZOO["gpt"], Recipe(steps=3)
+    with session(
+        case, folder, Where(), precision, recipe, ranks=ranks(setting), stage=setting.stage, shard=setting.shard
+    ) as running:
+        params = list(running.model.parameters())
+        for _ in range(recipe.steps):
+            running.optimizer.zero_grad()
+            for _ in range(recipe.accumulate):
+                running.micro_step()
+                for attempt in (
+                    lambda: torch.nn.utils.clip_grad_norm_(params, 1e-3),
+                    lambda: torch.nn.utils.clip_grad_value_(params, 1e-3),
+                    lambda: params[0].grad.norm(),
+                    lambda: params[0].grad.data.mul_(2),
+                ):
+                    try:
+                        attempt()
+                        said.append("nothing raised")
+                    except RuntimeError as error:
+                        said.append(str(error))
+                assert params[0].grad is not None
+                assert params[0].grad.shape == params[0].shape
+            running.update()
+        return said, running.result()

@@ -1,0 +1,53 @@
+"""What ``p.grad`` is while the gradient is elsewhere.
+
+Note [Guards]
+~~~~~~~~~~~~~
+With several ranks a parameter's gradient is this rank's own until it is reduced, and a shard of everybody's after: not
+what code that reads or scales ``p.grad`` (``torch.nn.utils.clip_grad_norm_``) takes it for. With None in its place such
+code would quietly do nothing. So a tensor is put there that answers what shape it has, and raises for everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_zinf.parameters import METADATA, stand_in
+
+_ALLOWED = METADATA | {getattr(Tensor, name).__get__ for name in ("dtype", "device", "is_cpu", "is_cuda", "grad_fn")}
+
+
+class ShardedGradient(Tensor):
+    """Stands for a gradient that the strategy keeps as shards."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Answer what the shape is; raise for every use of the values.
+
+        Raises:
+            RuntimeError: With what to use instead.
+        """
+        if func in _ALLOWED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "a function")
+        raise RuntimeError(
+            f"{name}: with several ranks the zinf strategy keeps gradients as shards, so p.grad has no values. Clip "
+            "with Trainer(gradient_clip_val=...) or trainer.strategy.clip_grad_norm_(max_norm), and read the norm "
+            "with trainer.strategy.grad_norm()"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return "ShardedGradient(kept by the zinf strategy)"
+
+
+def guard(like: Tensor) -> Tensor:
+    """Return what to put in ``like.grad``."""
+    with torch._C.DisableTorchFunctionSubclass():
+        value = stand_in(like.shape, like.dtype, like.device)
+        return torch.Tensor._make_subclass(ShardedGradient, value, False)

@@ -1,0 +1,23 @@
+"""User code that reads or clips ``p.grad`` between backward and step raises; it never quietly does nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ranks
+from models import ZOO
+from oracle import Recipe, assert_same
+from pool import pool
+from together import Setting, train_together
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_are_guarded(stage: int, precision: str, tmp_path: Path) -> None:
+    setting = Setting(2, stage)
+    for rank, (said, result) in enumerate(pool(2).run(ranks.touch_gradients, tmp_path, precision, setting)):
+        assert len(said) == 24
+        assert all("keeps gradients as shards" in text for text in said), said
+        if rank == 0:
+            assert_same(result, train_together(ZOO["gpt"], precision, Recipe(steps=3), setting))
