@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_zinf.parameters import owner_of
+
 
 def part(package: str, name: str) -> Any:
     """Return the submodule ``name`` of a Lightning package."""
@@ -38,6 +40,13 @@ def instances_of(package: str, callbacks: Iterable[object], names: Iterable[str]
     return [type(callback).__name__ for callback in callbacks if isinstance(callback, kinds)]
 
 
+def tell_scaler(scaler: Any, optimizer: torch.optim.Optimizer, found_inf: bool) -> None:
+    """Tell a GradScaler, whose own look at ``p.grad`` finds nothing, what its ``update`` has to go by."""
+    device = scaler._scale.device
+    found = torch.full((), float(found_inf), device=device)
+    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {device: found}
+
+
 def keep_samplers(trainer: Any) -> None:
     """Let one process train on the batches that it would have without a strategy.
 
@@ -59,6 +68,17 @@ def meet_before_batches(trainer: Any, meet: Callable[[], None]) -> None:
         broadcast(loop)
 
     loop._broadcast_sigterm_tensor = meet_and_broadcast
+
+
+def convert_all_but_managed(root: nn.Module, dtype: torch.dtype) -> None:
+    """Convert buffers, and parameters that no engine manages yet, to a floating dtype."""
+    for module in root.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+    for param in root.parameters():
+        if owner_of(param) is None and param.dtype.is_floating_point:
+            param.data = param.data.to(dtype)
 
 
 def move_all_but_parameters(root: nn.Module, device: torch.device) -> None:

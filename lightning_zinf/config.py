@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Offload = Literal["auto", "none", "cpu", "nvme"]
 Tier = Literal["device", "host", "nvme"]
-Precision = Literal["32-true", "bf16-mixed"]
+Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
 
 def _check_positive(name: str, value: int | None) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_zinf.engine.engine import Engine
-from lightning_zinf.optim.binding import OptimizerBinding, binding_of, unbind
+from lightning_zinf.optim.binding import OptimizerBinding, binding_of, rule_of, unbind
+from lightning_zinf.optim.update import Rule
 
 
 class _Keep:
@@ -40,15 +41,37 @@ def states_to_keep(optimizers: Sequence[Optimizer], engine: Engine | None) -> li
     return states
 
 
-def bind_all(optimizers: Sequence[Optimizer], engine: Engine, states: Sequence[State | _Keep]) -> None:
+def rules_of(optimizers: Sequence[Optimizer]) -> list[Rule]:
+    """Return what the steps of each optimizer do.
+
+    Raises:
+        ValueError: If one cannot work on shards.
+    """
+    bindings = map(_binding, optimizers)
+    return [rule_of(o) if b is None else b.rule for o, b in zip(optimizers, bindings, strict=True)]
+
+
+def planes_of(optimizers: Sequence[Optimizer], rules: Sequence[Rule]) -> dict[int, tuple[str, ...]]:
+    """Return the names of the planes that are kept for each parameter, by its ``id``."""
+    return {
+        id(p): rule.planes(group)
+        for optimizer, rule in zip(optimizers, rules, strict=True)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+def bind_all(
+    optimizers: Sequence[Optimizer], rules: Sequence[Rule], engine: Engine, states: Sequence[State | _Keep]
+) -> None:
     """Bind optimizers to an engine, with the states that :func:`states_to_keep` returned."""
-    for optimizer, state in zip(optimizers, states, strict=True):
+    for optimizer, rule, state in zip(optimizers, rules, states, strict=True):
         if isinstance(state, _Keep):
             continue
         if _binding(optimizer) is not None:
             unbind(optimizer)
         optimizer.state.clear()
-        binding = OptimizerBinding(optimizer, engine)
+        binding = OptimizerBinding(optimizer, engine, rule)
         binding.zero_grad()
         if state is None and not _stepped(optimizer, engine):
             continue

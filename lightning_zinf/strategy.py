@@ -29,7 +29,7 @@ from lightning_zinf.engine.construction import paged_construction
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import default_nvme_path, describe, engine_of, forget, partition
 from lightning_zinf.optim.binding import binding_of
-from lightning_zinf.optimizers import bind_all, states_to_keep
+from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -367,15 +367,16 @@ class ZinfStrategyBody(_Base):
         engine = engine_of(module)
         reusable = engine is not None and self._equal(engine.config, config) and engine.join(ranks)
         optimizers = [o for o in map(_compat.unwrapped, self._optimizers) if not _compat.is_mock(self.package, o)]
-        kept = states_to_keep(optimizers, engine if reusable else None) if bind else []
+        rules = rules_of(optimizers) if bind else []
+        states = states_to_keep(optimizers, engine if reusable else None) if bind else []
         if not reusable:
             if engine is not None:
                 forget(module)
             trained = [p for o in optimizers for group in o.param_groups for p in group["params"]] if bind else []
-            engine = partition(module, config, trained, ranks)
+            engine = partition(module, config, trained, ranks, planes_of(optimizers, rules) if bind else None)
         if bind:
             assert engine is not None
-            bind_all(optimizers, engine, kept)
+            bind_all(optimizers, rules, engine, states)
             self.optimizers = self._optimizers  # so that Lightning wraps them as the classes that we made them
 
     def _equal(self, old: PartitionConfig, new: PartitionConfig) -> bool:

@@ -1,8 +1,8 @@
 """What training is supposed to compute, in plain PyTorch, on whole tensors.
 
 ``32-true`` is the model itself and torch's optimizer. In ``bf16-mixed`` (and where parameters are bfloat16 from birth)
-the masters are float32, compute sees them rounded half up to bfloat16, gradients are added up over micro-batches in
-float32, and the optimizer acts on the masters.
+the masters are float32, compute sees them rounded half up to bfloat16 (in ``16-mixed`` to nearest float16), gradients
+are added up over micro-batches in float32, and the optimizer acts on the masters.
 
 The optimizer is ``torch.optim``'s single-tensor path. One operation is replaced: torch's float32 square root on a CPU
 is only within one unit in the last place of the true one. Ours is correctly rounded, which the oracle gets by way of
@@ -12,7 +12,7 @@ float64.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,7 @@ class Recipe:
         accumulate: Micro-batches in a step.
         clip_norm: Largest norm of all gradients, or None.
         clip_value: Largest absolute value of a gradient, or None.
-        optimizer: ``torch.optim.Adam`` or ``AdamW``.
+        optimizer: Its class.
         decay: Weight decay of parameters with two dimensions or more; the others have none.
         options: More options of the optimizer.
     """
@@ -53,8 +53,18 @@ class Recipe:
             {"params": [p for p in params if p.ndim >= 2], "weight_decay": self.decay},
             {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
         ]
-        options = {"lr": 3e-3, "betas": (0.9, 0.95), "foreach": False, "fused": False, **self.options}
+        options: dict[str, Any] = {"lr": 3e-3}
+        if self.adam:
+            options.update(betas=(0.9, 0.95), foreach=False, fused=False)
+        options.update(self.options)
+        if self.optimizer is torch.optim.Rprop:
+            groups = [{"params": g["params"]} for g in groups]  # which knows no weight decay
         return self.optimizer([g for g in groups if g["params"]], **options)
+
+    @property
+    def adam(self) -> bool:
+        """Whether our kernel does it."""
+        return self.optimizer in (torch.optim.Adam, torch.optim.AdamW) and not self.options.get("amsgrad")
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Warm up, then decay."""
@@ -68,14 +78,23 @@ class Result:
     Attributes:
         losses: The loss of every micro-batch.
         masters: Master weights by name.
-        moments: First and second moments by name.
+        planes: The optimizer's tensors of the parameter's shape, by name of parameter and of plane.
+        rest: What else the optimizer keeps of a parameter, by name.
         counts: Optimizer steps that each parameter has seen.
     """
 
     losses: list[float] = field(default_factory=list)
     masters: dict[str, Tensor] = field(default_factory=dict)
-    moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    planes: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    rest: dict[str, dict[str, float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+
+
+def put_state(result: Result, name: str, param: Tensor, state: Mapping[str, Any]) -> None:
+    """Sort torch's state of a parameter into planes and the rest."""
+    planes = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == param.shape and k != "step"}
+    result.planes[name] = {k: v.detach().clone() for k, v in planes.items()}
+    result.rest[name] = {k: float(v) for k, v in state.items() if k not in planes and v is not None}
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -91,9 +110,12 @@ def assert_same(found: Result, expected: Result) -> None:
     assert found.masters.keys() == expected.masters.keys()
     for name, master in expected.masters.items():
         _assert_bits(f"master of {name}", found.masters[name], master)
-    for name, moments in expected.moments.items():
-        for kind, ours, theirs in zip(("exp_avg", "exp_avg_sq"), found.moments[name], moments, strict=True):
-            _assert_bits(f"{kind} of {name}", ours, theirs)
+    assert found.rest == expected.rest
+    assert found.planes.keys() == expected.planes.keys()
+    for name, planes in expected.planes.items():
+        assert found.planes[name].keys() == planes.keys()
+        for kind, plane in planes.items():
+            _assert_bits(f"{kind} of {name}", found.planes[name][kind], plane)
 
 
 def _assert_bits(what: str, found: Tensor, expected: Tensor) -> None:
@@ -112,9 +134,12 @@ def round_half_up(master: Tensor) -> Tensor:
     return ((whole + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+LOW = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
 def autocast(precision: str) -> Any:
-    if precision == "bf16-mixed":
-        return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+    if precision in LOW:
+        return torch.autocast("cpu", dtype=LOW[precision], cache_enabled=False)
     return nullcontext()
 
 
@@ -137,7 +162,7 @@ class Plain:
 
     Args:
         model: The model; it is copied.
-        precision: ``32-true`` or ``bf16-mixed``.
+        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         recipe: How to train it.
     """
 
@@ -154,7 +179,7 @@ class Plain:
         self.masters: dict[str, nn.Parameter] = {}
         self.params = dict(self.model.named_parameters())
         for name, param in self.params.items():
-            low = param.dtype == torch.bfloat16 or (precision == "bf16-mixed" and id(param) not in whole)
+            low = param.dtype == torch.bfloat16 or (precision in LOW and id(param) not in whole)
             self.masters[name] = nn.Parameter(param.detach().float().clone(), param.requires_grad) if low else param
         self.optimizer = recipe.build(self.masters.values())
         self.schedule = recipe.schedule(self.optimizer)
@@ -163,7 +188,11 @@ class Plain:
     def publish(self) -> None:
         """Let compute see the masters."""
         for name, param in self.params.items():
-            if self.masters[name] is not param:
+            if self.masters[name] is param:
+                continue
+            if self.precision == "16-mixed" and param.dtype != torch.bfloat16:
+                param.data = self.masters[name].detach().half()
+            else:
                 param.data = round_half_up(self.masters[name])
 
     def backward(self, loss: Tensor) -> None:
@@ -188,7 +217,7 @@ class Plain:
         if self.recipe.clip_value is not None:
             for grad in grads:
                 grad.clamp_(-self.recipe.clip_value, self.recipe.clip_value)
-        with exact_sqrt():
+        with exact_sqrt() if self.recipe.adam else nullcontext():
             self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -199,9 +228,9 @@ class Plain:
         for name, master in self.masters.items():
             result.masters[name] = master.detach().clone()
             state = self.optimizer.state.get(master)
-            result.counts[name] = int(state["step"]) if state else 0
+            result.counts[name] = int(state.get("step", 0)) if state else 0
             if state:
-                result.moments[name] = (state["exp_avg"], state["exp_avg_sq"])
+                put_state(result, name, master, state)
         return result
 
 

@@ -29,12 +29,13 @@ from lightning_zinf.engine.gradients import Gradients, WholeGradients
 from lightning_zinf.engine.reduction import ShardedGradients
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.slots import use_count
-from lightning_zinf.memory.state import Plane, State
+from lightning_zinf.memory.state import LOW_PLANES, State
 from lightning_zinf.ops import join_master, split_master
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.context import EngineContext
     from lightning_zinf.engine.residence import Weights
+    from lightning_zinf.optim.elementwise import ParamState
     from lightning_zinf.optim.update import Update
 
 
@@ -49,7 +50,7 @@ class FlatBuffer:
         name: Name for messages: the unit's, and what is special about the buffer.
         names: Fully qualified name of each parameter.
         params: The parameters.
-        compute_dtype: Dtype of the weight plane: float32, or bfloat16.
+        compute_dtype: Dtype of the weight plane: float32, bfloat16 or float16.
         context: What the engine shares with its buffers.
     """
 
@@ -68,7 +69,7 @@ class FlatBuffer:
         self.params = list(params)
         self.compute_dtype = compute_dtype
         self.view_dtype = params[0].dtype
-        self.split = compute_dtype == torch.bfloat16
+        self.split = compute_dtype != torch.float32
         self.context = context
         self.device = context.device
         self.layout: FlatLayout = context.layout_of([tuple(p.shape) for p in params], compute_dtype.itemsize)
@@ -76,13 +77,14 @@ class FlatBuffer:
         self.stand_ins = [paging.stand_in(p.shape, compute_dtype, self.device) for p in params]
         self.state: State | None = None
         self.steps = [0] * len(params)
+        self.param_states: list[ParamState | None] = [None] * len(params)
         self.pending: list[Update] = []
         self.version = 0
         self.bound: Literal["new", "none", "compute", "master"] = "new"
         self.gradients: Gradients = WholeGradients(self) if context.comm is None else ShardedGradients(self)
-        self.gathered_residual: Tensor | None = None
+        self.gathered_low: Tensor | None = None
         self._master: Tensor | None = None
-        self._opened_residual: Tensor | None = None
+        self._opened_low: Tensor | None = None
         self._opened_checksum = 0
 
     def adopt(self, *, keep: bool = False) -> None:
@@ -134,18 +136,22 @@ class FlatBuffer:
 
     @property
     def trained(self) -> bool:
-        """Whether an optimizer keeps moments here."""
-        return self.state is not None and "exp_avg" in self.state.planes
+        """Whether an optimizer keeps state here, or has taken steps."""
+        return any(self.steps) or (self.state is not None and not set(self.state.planes) <= set(LOW_PLANES))
 
     @property
     def on_device(self) -> bool:
         """Whether updates run on the accelerator."""
         return self.context.optimizer_tier == "device"
 
-    def need_moments(self) -> None:
-        """Make sure that the buffer has room for the moments of Adam."""
-        planes: tuple[Plane, ...] = ("exp_avg", "exp_avg_sq")
-        if self.state is None:
+    @property
+    def low_plane(self) -> str | None:
+        """Name of the plane that makes masters of the weights."""
+        return {torch.bfloat16: "residual", torch.float16: "master"}.get(self.compute_dtype)
+
+    def need_planes(self, planes: tuple[str, ...]) -> None:
+        """Make sure that the buffer has these planes of optimizer state; new ones are zero."""
+        if self.state is None or not self.state.planes:
             self.state = self.context.new_state(self.shard_numel, planes, self.context.optimizer_tier)
         else:
             self.state.add_planes(planes)
@@ -178,14 +184,14 @@ class FlatBuffer:
         """Start to gather the weights from all ranks, which must all do so; the shard must have been started.
 
         Args:
-            residual: Gather the low halves of the masters too, and keep them in ``gathered_residual``.
+            residual: Gather the plane that makes masters of the weights too, and keep it in ``gathered_low``.
         """
         comm = self.context.comm
         assert comm is not None
         self.settle()
         self.weights.gather()
-        if residual and self.split:
-            self.gathered_residual = self.whole_plane("residual")
+        if residual and self.low_plane is not None:
+            self.gathered_low = self.whole_plane(self.low_plane)
 
     def load(self) -> None:
         """Have the weights in place for compute; with several ranks they must have been collected."""
@@ -264,8 +270,8 @@ class FlatBuffer:
             self.bind()
             self._opened_checksum = self._checksum(self.weights.flat())
             return
-        self._opened_residual = self._whole_residual()
-        self._master = self._join(self._opened_residual)
+        self._opened_low = self._whole_low()
+        self._master = self._join(self._opened_low)
         for param, cls, view in zip(self.params, self.classes, self.views_of(self._master), strict=True):
             param.__class__ = cls
             param.data = view
@@ -281,13 +287,13 @@ class FlatBuffer:
             if checksum != self._opened_checksum:
                 self.context.note_change(self.name, checksum)
         else:
-            assert self._opened_residual is not None
-            before = self._join(self._opened_residual)
+            assert self._opened_low is not None
+            before = self._join(self._opened_low)
             # A look is no change: nothing to write, and a backward under way stays valid.
             if not torch.equal(self._master.view(torch.int32), before.view(torch.int32)):
                 self.context.note_change(self.name, self._checksum(self._master))
                 self.write_master(self._master)
-            self._master = self._opened_residual = None
+            self._master = self._opened_low = None
             self.bind()
 
     def _checksum(self, flat: Tensor) -> int:
@@ -341,20 +347,23 @@ class FlatBuffer:
 
         The weights must be loaded, and the residual gathered. It is float32, or the user's own dtype if compute has it.
         """
-        return self._join(self._whole_residual()) if self.split else self.weights.flat().clone()
+        return self._join(self._whole_low()) if self.split else self.weights.flat().clone()
 
-    def _whole_residual(self) -> Tensor:
-        """Return the residual of the whole buffer: what was gathered, or with one rank its own."""
+    def _whole_low(self) -> Tensor:
+        """Return the low plane of the whole buffer: what was gathered, or with one rank its own."""
         if self.context.comm is None:
             assert self.state is not None, self
-            return self.state.read("residual")
-        residual, self.gathered_residual = self.gathered_residual, None
-        assert residual is not None, self
-        return residual
+            assert self.low_plane is not None, self
+            return self.state.read(self.low_plane)
+        low, self.gathered_low = self.gathered_low, None
+        assert low is not None, self
+        return low
 
-    def _join(self, residual: Tensor) -> Tensor:
+    def _join(self, low: Tensor) -> Tensor:
+        if self.low_plane == "master":
+            return low.to(self.device, copy=True)
         master = torch.empty(self.layout.padded_numel, dtype=torch.float32)
-        join_master(self.weights.flat().cpu(), residual.cpu(), master)
+        join_master(self.weights.flat().cpu(), low.cpu(), master)
         return master.to(self.device)
 
     def write_master(self, master: Tensor) -> None:
@@ -364,25 +373,32 @@ class FlatBuffer:
         """
         self.version += 1
         flat = self.weights.flat()
-        if self.split:
+        start, stop = self.shard_range
+        if self.low_plane == "master":
+            assert self.state is not None, self
+            flat.copy_(master)
+            self.state.write("master", master[start:stop])
+        elif self.split:
             assert self.state is not None, self
             weight = flat if flat.device.type == "cpu" else self.context.scratch(flat.numel(), torch.bfloat16)
             residual = self.context.scratch(flat.numel(), torch.int16)
             split_master(master.cpu(), weight, residual)
             if weight is not flat:
                 flat.copy_(weight)
-            start, stop = self.shard_range
             self.state.write("residual", residual[start:stop])
         else:
             flat.copy_(master)
         self.weights.store()
 
-    def read_plane(self, plane: Plane) -> Tensor | None:
-        """Return this rank's shard of a plane, or None if the buffer has none; updates must not be pending."""
+    def read_plane(self, plane: str) -> Tensor | None:
+        """Return this rank's shard of a plane, or None if the buffer has none; updates must not be pending.
+
+        Where state is in memory it is the thing itself.
+        """
         assert not self.pending, self
         return self.state.read(plane) if self.state is not None and plane in self.state.planes else None
 
-    def whole_plane(self, plane: Plane) -> Tensor | None:
+    def whole_plane(self, plane: str) -> Tensor | None:
         """Return a plane of the whole buffer, gathered from all ranks, which must all ask for it."""
         shard, comm = self.read_plane(plane), self.context.comm
         if shard is None or comm is None:

@@ -15,7 +15,7 @@ from lightning_zinf.config import Tier
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.slots import Slot, SlotRing
-from lightning_zinf.memory.state import NvmeState, Plane, ResidentState, State
+from lightning_zinf.memory.state import NvmeState, ResidentState, State
 from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
 from lightning_zinf.ops import host_empty
@@ -149,9 +149,9 @@ class EngineContext:
                 self._nvme.close()
             self._nvme = self._ring = self._staging = self._tiles = None
 
-    def new_state(self, numel: int, planes: tuple[Plane, ...], tier: Tier) -> State:
+    def new_state(self, numel: int, planes: tuple[str, ...], tier: Tier) -> State:
         """Return zeroed state of ``numel`` elements on ``tier``."""
-        if tier == "nvme":
+        if tier == "nvme" and planes:
             return NvmeState(numel, planes, self.nvme, self.tiles, self.counters)
         allocate = self.allocate_device if tier == "device" and not self.aliased else self.allocate_host
         return ResidentState(numel, planes, allocate)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,15 @@ from lightning_zinf.config import Precision
 from lightning_zinf.engine.units import UnitPlan
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.placement import ModelSize
-from lightning_zinf.memory.state import NvmeState, Plane
+from lightning_zinf.memory.state import NvmeState
+from lightning_zinf.optim.adam import MOMENTS
 
+COMPUTE_DTYPES: dict[Precision, torch.dtype] = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
 _FULL_PRECISION_MODULES = (nn.modules.batchnorm._BatchNorm,)
 """Their kernels want float32 parameters beside their float32 running statistics, as FSDP keeps them too."""
 
@@ -54,6 +62,7 @@ class Draft:
         compute_dtype: Dtype of the weight plane.
         trained: Whether an optimizer updates it now.
         shards: Number of ranks that the buffer is cut over.
+        kept: Names of the planes that its optimizer keeps.
         learns: Whether one will. Before there are optimizers (``validate`` before ``fit``), every parameter that
             requires grad will, so that the plan is the same then and later.
     """
@@ -65,11 +74,7 @@ class Draft:
     trained: bool
     learns: bool
     shards: int = 1
-
-    @property
-    def split(self) -> bool:
-        """Whether the weight plane is the high half of the master."""
-        return self.compute_dtype == torch.bfloat16
+    kept: tuple[str, ...] = MOMENTS
 
     @property
     def padded(self) -> int:
@@ -83,24 +88,40 @@ class Draft:
         return self.padded // self.shards
 
     @property
-    def planes(self) -> tuple[Plane, ...]:
+    def planes(self) -> tuple[str, ...]:
         """The planes of state that it has now."""
         return self._planes(self.trained)
 
     @property
-    def later_planes(self) -> tuple[Plane, ...]:
+    def later_planes(self) -> tuple[str, ...]:
         """The planes of state that it will have in training."""
         return self._planes(self.learns)
 
-    def _planes(self, moments: bool) -> tuple[Plane, ...]:
-        low: tuple[Plane, ...] = ("residual",) if self.split else ()
-        return low + (("exp_avg", "exp_avg_sq") if moments else ())
+    def _planes(self, kept: bool) -> tuple[str, ...]:
+        return low_planes(self.compute_dtype) + (self.kept if kept else ())
+
+
+def low_planes(compute_dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the plane that makes masters of weights of this dtype, if one is needed."""
+    return {torch.bfloat16: ("residual",), torch.float16: ("master",)}.get(compute_dtype, ())
 
 
 def draft_buffers(
-    plans: Sequence[UnitPlan], precision: Precision, trained: Collection[int], shards: int = 1
+    plans: Sequence[UnitPlan],
+    precision: Precision,
+    trained: Collection[int],
+    shards: int = 1,
+    kept: Mapping[int, tuple[str, ...]] | None = None,
 ) -> list[Draft]:
-    """Sort each unit's parameters into buffers by dtype and by whether an optimizer updates them."""
+    """Sort each unit's parameters into buffers by dtype, and by whether an optimizer updates them and what it keeps.
+
+    Args:
+        plans: The units.
+        precision: What compute uses.
+        trained: ``id`` of each parameter that an optimizer updates.
+        shards: Number of ranks that each buffer is cut over.
+        kept: Names of the planes that a parameter's optimizer keeps, by its ``id``; Adam's where it says nothing.
+    """
     full = {
         id(p)
         for plan in plans
@@ -110,16 +131,17 @@ def draft_buffers(
     }
     drafts: list[Draft] = []
     for plan in plans:
-        groups: dict[tuple[torch.dtype, torch.dtype, bool], Draft] = {}
+        groups: dict[tuple[Any, ...], Draft] = {}
         for name, param in plan.params:
             if param.dtype not in (torch.float32, torch.bfloat16):
                 continue  # stays where it is, on the device
             compute = param.dtype
-            if precision == "bf16-mixed" and id(param) not in full:
-                compute = torch.bfloat16
+            if param.dtype == torch.float32 and (precision == "bf16-true" or id(param) not in full):
+                compute = COMPUTE_DTYPES[precision]
             learns = id(param) in trained if trained else param.requires_grad
-            key = (compute, param.dtype, learns)
-            draft = groups.setdefault(key, Draft(plan, [], [], compute, learns and bool(trained), learns, shards))
+            planes = (kept or {}).get(id(param), MOMENTS) if learns else ()
+            draft = Draft(plan, [], [], compute, learns and bool(trained), learns, shards, planes)
+            draft = groups.setdefault((compute, param.dtype, learns, planes), draft)
             draft.names.append(name)
             draft.params.append(param)
         drafts.extend(groups.values())

@@ -115,7 +115,7 @@ class Pager:
             return [
                 Want(u.index, whole)
                 for u in units
-                if not u.collected or (whole and any(b.split and b.gathered_residual is None for b in u.buffers))
+                if not u.collected or (whole and any(b.split and b.gathered_low is None for b in u.buffers))
             ]
 
         def ahead() -> list[Want]:
@@ -140,7 +140,7 @@ class Pager:
                 for buffer in unit.buffers:
                     buffer.collect(residual=want.whole)
                     if unit not in self._wanted:
-                        buffer.gathered_residual = None
+                        buffer.gathered_low = None
 
     def _start(self, unit: Unit, keep: list[Unit]) -> None:
         """Start loading, evicting whatever has to go."""
@@ -246,7 +246,7 @@ class Pager:
                     self.gather([unit], keep=units, whole=True)
                     for buffer in unit.buffers:
                         buffer.open_master()
-                        buffer.gathered_residual = None
+                        buffer.gathered_low = None
                     self.held.pop(unit, None)
                     unit.state = UnitState.HOST
                 self._host.append(unit)
@@ -310,7 +310,7 @@ class Pager:
             yield unit
         finally:
             for buffer in unit.buffers:
-                buffer.gathered_residual = None
+                buffer.gathered_low = None
             if unit.index not in self._live():
                 self.release(unit)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +27,7 @@ from lightning_zinf.memory.machine import free_device_bytes, free_host_bytes
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.placement import ModelSize, Placement, place, slot_budget, table, tile_count
 from lightning_zinf.memory.slots import Slot, SlotRing
-from lightning_zinf.memory.state import NvmeState
+from lightning_zinf.memory.state import NvmeState, bytes_per_element, plane_dtype
 from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
 
@@ -60,7 +60,11 @@ def forget(root: nn.Module) -> None:
 
 
 def partition(
-    root: nn.Module, config: PartitionConfig, trained: Iterable[nn.Parameter] = (), ranks: Ranks | None = None
+    root: nn.Module,
+    config: PartitionConfig,
+    trained: Iterable[nn.Parameter] = (),
+    ranks: Ranks | None = None,
+    kept: Mapping[int, tuple[str, ...]] | None = None,
 ) -> Engine:
     """Hand a model's parameters to an engine.
 
@@ -71,6 +75,7 @@ def partition(
         config: How to do it.
         trained: The parameters that an optimizer will update.
         ranks: The ranks that train the model together; None for one alone.
+        kept: Names of the planes that a parameter's optimizer keeps, by its ``id``; Adam's where it says nothing.
 
     Raises:
         ValueError: If the model has parameters that cannot be partitioned, or the budgets are too small.
@@ -81,7 +86,7 @@ def partition(
     plans = find_units(root, config.memory.unit_bytes, config.units)
     counters = Counters()
     comm = None if ranks is None or ranks.world_size == 1 else Collectives(ranks, counters)
-    drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size)
+    drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
     size = measure(drafts, config.stage)
     free = _free_everywhere(config.device, comm)
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
@@ -150,7 +155,7 @@ class _Builder:
             store = NvmeStore(config.nvme_path, config.io, context.counters)
             context.install(nvme=store)
             store.reserve(on_nvme)
-            width = 10 if any(d.split for d in drafts) else 8
+            width = max([8, *(bytes_per_element(d.later_planes) for d in drafts)])
             numel = min(config.io.tile_numel, max((d.shard for d in drafts), default=4096))
             largest = max((NvmeState.bytes_needed(d.shard, d.later_planes) for d in drafts), default=0)
             share = None if host_asked is None else host_asked // 3
@@ -159,7 +164,7 @@ class _Builder:
             tiles = tile_count(share, numel * width, largest if self._where.optimizer == "nvme" else 0, self._free.host)
             ring = TileRing(tiles, numel, width, context.allocate_host, context.counters)
             context.install(tiles=ring)
-            host_asked = None if host_asked is None else host_asked - ring.nbytes
+            host_asked = None if host_asked is None else max(0, host_asked - ring.nbytes)
         if not self._paged:
             return
         if context.aliased:
@@ -249,10 +254,11 @@ def residency(engine: Engine) -> list[tuple[str, str, int]]:
     buffers = [b for u in engine.units for b in u.buffers]
     weights = sum(b.weight_bytes if b.persistent else b.shard_bytes for b in buffers)
     rows.append(("weights", engine.placement.params, weights))
-    for plane, itemsize in (("residual", 2), ("exp_avg", 4), ("exp_avg_sq", 4)):
-        nbytes = sum(b.shard_numel * itemsize for b in buffers if b.state and plane in b.state.planes)
-        if nbytes:
-            rows.append((plane, engine.placement.optimizer, nbytes))
+    for plane in dict.fromkeys(p for b in buffers if b.state for p in b.state.planes):
+        nbytes = sum(
+            b.shard_numel * plane_dtype(plane).itemsize for b in buffers if b.state and plane in b.state.planes
+        )
+        rows.append((plane, engine.placement.optimizer, nbytes))
     rows.extend(engine.context.pages())
     return rows
 

@@ -1,19 +1,18 @@
-"""Where the low half of the master and the moments of a flat buffer live.
+"""Where the planes beside the weights live: the low half of the master (or all of it), and the optimizer's state.
 
 Note [State records]
 ~~~~~~~~~~~~~~~~~~~~
 The update is elementwise, so it never needs a whole unit's state at once: state on NVMe is cut into tiles, and all
-planes of a tile lie together, ``[residual | exp_avg | exp_avg_sq]``. One read brings a tile, one write takes it back,
-and the memory for staging is a few tiles, whatever the size of the largest unit. Moments start as zeros, which is what
-a preallocated file reads as, so nothing is written for them at the start.
+planes of a tile lie together, ``[residual | exp_avg | exp_avg_sq]`` for Adam. One read brings a tile, one write takes
+it back, and the memory for staging is a few tiles, whatever the size of the largest unit. New planes are zeros, which
+is what a preallocated file reads as, so nothing is written for them at the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +23,23 @@ from lightning_zinf.memory.slots import wait_all
 from lightning_zinf.memory.tiles import Tile, TileRing
 from lightning_zinf.monitor.counters import Counters
 
-Plane = Literal["residual", "exp_avg", "exp_avg_sq"]
-PLANE_DTYPES: dict[Plane, torch.dtype] = {
-    "residual": torch.int16,
-    "exp_avg": torch.float32,
-    "exp_avg_sq": torch.float32,
-}
+LOW_PLANES = ("residual", "master")
+"""Planes that make masters of the weights: the low halves of bfloat16 ones, all of float16 ones."""
+
+
+def plane_dtype(plane: str) -> torch.dtype:
+    """Return the dtype of a plane by its name."""
+    return torch.int16 if plane == "residual" else torch.float32
+
+
+def bytes_per_element(planes: Iterable[str]) -> int:
+    """Return the bytes that one element takes in all of these planes."""
+    return sum(plane_dtype(p).itemsize for p in planes)
+
+
+def _ordered(planes: Iterable[str]) -> tuple[str, ...]:
+    """Return planes in the order of a record: low ones first, so that the order does not depend on who asked first."""
+    return tuple(sorted(set(planes), key=lambda p: (p not in LOW_PLANES, p)))
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Record:
 
     start: int
     stop: int
-    planes: dict[Plane, Tensor]
+    planes: dict[str, Tensor]
 
 
 class ResidentState:
@@ -58,14 +68,14 @@ class ResidentState:
 
     offloaded = False
 
-    def __init__(self, numel: int, planes: tuple[Plane, ...], allocate: Callable[[int], Tensor]) -> None:
+    def __init__(self, numel: int, planes: tuple[str, ...], allocate: Callable[[int], Tensor]) -> None:
         self.numel = numel
         self._allocate = allocate
-        self._planes: dict[Plane, Tensor] = {}
+        self._planes: dict[str, Tensor] = {}
         self.add_planes(planes)
 
     @property
-    def planes(self) -> tuple[Plane, ...]:
+    def planes(self) -> tuple[str, ...]:
         """The planes that are kept."""
         return tuple(self._planes)
 
@@ -74,11 +84,11 @@ class ResidentState:
         """Bytes of all planes."""
         return sum(t.nbytes for t in self._planes.values())
 
-    def add_planes(self, planes: tuple[Plane, ...]) -> None:
+    def add_planes(self, planes: tuple[str, ...]) -> None:
         """Keep these planes too, zeroed; those that are kept already stay as they are."""
         for plane in planes:
             if plane not in self._planes:
-                dtype = PLANE_DTYPES[plane]
+                dtype = plane_dtype(plane)
                 self._planes[plane] = self._allocate(self.numel * dtype.itemsize).view(dtype)
 
     def prefetch(self) -> None:
@@ -89,11 +99,11 @@ class ResidentState:
         if start < self.numel:
             yield Record(0, self.numel, self._planes)
 
-    def read(self, plane: Plane) -> Tensor:
+    def read(self, plane: str) -> Tensor:
         """Return a plane: the thing itself, not a copy."""
         return self._planes[plane]
 
-    def write(self, plane: Plane, value: Tensor) -> None:
+    def write(self, plane: str, value: Tensor) -> None:
         """Replace the content of a plane."""
         if value.data_ptr() != self._planes[plane].data_ptr():
             self._planes[plane].copy_(value)
@@ -113,19 +123,19 @@ class NvmeState:
     offloaded = True
 
     def __init__(
-        self, numel: int, planes: tuple[Plane, ...], store: NvmeStore, ring: TileRing, counters: Counters
+        self, numel: int, planes: tuple[str, ...], store: NvmeStore, ring: TileRing, counters: Counters
     ) -> None:
         self.numel = numel
         self._store = store
         self._ring = ring
         self._counters = counters
-        self.planes: tuple[Plane, ...] = ()
+        self.planes: tuple[str, ...] = ()
         self._set_planes(planes)
 
     @staticmethod
-    def bytes_needed(numel: int, planes: tuple[Plane, ...]) -> int:
+    def bytes_needed(numel: int, planes: tuple[str, ...]) -> int:
         """Return the bytes that ``planes`` of ``numel`` elements take."""
-        return numel * sum(PLANE_DTYPES[p].itemsize for p in planes)
+        return numel * bytes_per_element(planes)
 
     @property
     def nbytes(self) -> int:
@@ -137,14 +147,13 @@ class NvmeState:
         """Number of tiles that the state is cut into."""
         return len(self._ranges)
 
-    def _set_planes(self, planes: tuple[Plane, ...]) -> None:
-        self.planes = tuple(p for p in PLANE_DTYPES if p in planes)
-        width = sum(PLANE_DTYPES[p].itemsize for p in self.planes)
-        self._extent: Extent = self._store.allocate(self.numel * width)
-        self._ranges = tile_ranges(self.numel, self._ring.tile_numel)
-        self._width = width
+    def _set_planes(self, planes: tuple[str, ...]) -> None:
+        self.planes = _ordered(planes)
+        self._width = bytes_per_element(self.planes)
+        self._extent: Extent = self._store.allocate(self.numel * self._width)
+        self._ranges = tile_ranges(self.numel, self._ring.numel_of(self._width))
 
-    def add_planes(self, planes: tuple[Plane, ...]) -> None:
+    def add_planes(self, planes: tuple[str, ...]) -> None:
         """Keep these planes too, zeroed; the content of the others is carried over."""
         old = self.planes
         if set(planes) <= set(old):
@@ -185,31 +194,31 @@ class NvmeState:
             staging = tile.memory[: (stop - start) * self._width]
             self._ring.write_back(tile, self._store.write(self._extent, staging, start * self._width))
 
-    def _planes_of(self, tile: Tile, numel: int) -> dict[Plane, Tensor]:
-        planes: dict[Plane, Tensor] = {}
+    def _planes_of(self, tile: Tile, numel: int) -> dict[str, Tensor]:
+        planes: dict[str, Tensor] = {}
         offset = 0
         for plane in self.planes:
-            dtype = PLANE_DTYPES[plane]
+            dtype = plane_dtype(plane)
             planes[plane] = tile.memory[offset : offset + numel * dtype.itemsize].view(dtype)
             offset += numel * dtype.itemsize
         return planes
 
     @contextmanager
-    def _pieces(self, plane: Plane, whole: Tensor) -> Iterator[list[tuple[Tensor, int]]]:
-        before = sum(PLANE_DTYPES[p].itemsize for p in self.planes[: self.planes.index(plane)])
+    def _pieces(self, plane: str, whole: Tensor) -> Iterator[list[tuple[Tensor, int]]]:
+        before = bytes_per_element(self.planes[: self.planes.index(plane)])
         self._ring.drain()
         yield [(whole[start:stop], start * self._width + (stop - start) * before) for start, stop in self._ranges]
 
-    def read(self, plane: Plane) -> Tensor:
+    def read(self, plane: str) -> Tensor:
         """Read a whole plane into new memory."""
-        whole = torch.empty(self.numel, dtype=PLANE_DTYPES[plane])
+        whole = torch.empty(self.numel, dtype=plane_dtype(plane))
         with self._pieces(plane, whole) as pieces:
             tickets = [self._store.read(self._extent, piece, offset) for piece, offset in pieces]
         with self._counters.timed("stall_read_seconds"):
             wait_all(tickets)
         return whole
 
-    def write(self, plane: Plane, value: Tensor) -> None:
+    def write(self, plane: str, value: Tensor) -> None:
         """Replace the content of a whole plane."""
         with self._pieces(plane, value.contiguous()) as pieces:
             tickets = [self._store.write(self._extent, piece, offset) for piece, offset in pieces]

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from lightning_zinf.memory.state import NvmeState
 
 
+_TILE_ALIGNMENT = 2048
+"""Elements: so many of any plane are a multiple of 4096 bytes, which direct I/O asks for."""
+
+
 class Tile:
     """One piece of staging memory."""
 
@@ -59,6 +63,24 @@ class TileRing:
         self._queue: list[tuple[NvmeState, int]] = []
         self._writing: list[Tile] = []
         self.nbytes = count * tile_numel * width
+        self._tile_bytes = tile_numel * width
+
+    def numel_of(self, width: int) -> int:
+        """Return how many elements of ``width`` bytes a tile is cut for.
+
+        Raises:
+            ValueError: If not even the fewest that a disk is asked for fit.
+        """
+        if width * self.tile_numel <= self._tile_bytes:
+            return self.tile_numel
+        numel = self._tile_bytes // width // _TILE_ALIGNMENT * _TILE_ALIGNMENT
+        if not numel:
+            raise ValueError(
+                f"the optimizer keeps {width} bytes a parameter, but staging for state was made with "
+                f"{self._tile_bytes} bytes a tile, and at least {_TILE_ALIGNMENT * width} are needed: allow more with "
+                "memory.host_bytes, or larger tiles with io.tile_numel"
+            )
+        return numel
 
     def want(self, state: NvmeState) -> None:
         """Read the tiles of ``state`` ahead, after those of the states that were wanted before."""

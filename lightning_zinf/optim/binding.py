@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_zinf.ops import AdamHyper, squared_norm
+from lightning_zinf.ops import squared_norm
+from lightning_zinf.optim.adam import AdamRule, is_fused_adam
+from lightning_zinf.optim.elementwise import ElementwiseRule
 from lightning_zinf.optim.state_dict import load_optimizer_state_dict, optimizer_state_dict
-from lightning_zinf.optim.update import Update, check_optimizer, clip_coefficient, hyper_of
+from lightning_zinf.optim.update import Rule, clip_coefficient
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -33,13 +35,18 @@ class OptimizerBinding:
     """What the engine does for one optimizer.
 
     Args:
-        optimizer: An Adam or AdamW over parameters of the engine's model.
+        optimizer: One over parameters of the engine's model.
         engine: The engine.
+        rule: What its steps do; found out if it is not given.
+
+    Raises:
+        ValueError: If it cannot work on shards, or has parameters that are not the model's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
-        check_optimizer(optimizer)
+    def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine, rule: Rule | None = None) -> None:
+        self.rule = rule_of(optimizer) if rule is None else rule
         self.engine = engine
+        self.unscale = 1.0  # undoes the scaling of the loss
         self.grad_scale = 1.0
         self.clip_value: float | None = None
         self._optimizer = weakref.ref(optimizer)
@@ -56,7 +63,7 @@ class OptimizerBinding:
         return optimizer
 
     def adopt_group(self, group: dict[str, Any]) -> None:
-        """Make sure that every parameter of a param group has moments.
+        """Make sure that every parameter of a param group has its planes of state.
 
         Raises:
             ValueError: If a parameter is not the model's, or of a dtype that cannot be trained.
@@ -68,7 +75,7 @@ class OptimizerBinding:
                     f"the optimizer has a parameter of shape {tuple(param.shape)} and dtype {param.dtype} that the "
                     "strategy does not manage: it takes float32 and bfloat16 parameters of the LightningModule"
                 )
-            found[1].need_moments()
+            found[1].need_planes(self.rule.planes(group))
 
     def _by_buffer(self) -> Iterator[tuple[FlatBuffer, dict[int, dict[str, Any]]]]:
         """Yield each buffer with the param group of each of its parameters that this optimizer has."""
@@ -89,9 +96,16 @@ class OptimizerBinding:
         return [p.grad for buffer, groups in self._by_buffer() for p in buffer.gradients.collect(groups, keep=True)]
 
     def grad_norm(self) -> float:
-        """Return the 2-norm of all gradients as one vector; the squares are summed in float64."""
-        total, _finite = squared_norm(self.grads())
-        return float(self.engine.sum_over_shards(total, "the norm of the gradients") ** 0.5)
+        """Return the 2-norm of all gradients as one vector; the squares are summed in float64.
+
+        It is not finite, on every rank, if a gradient is not finite on any.
+        """
+        grads = self.grads()
+        total, _finite = squared_norm([g for g in grads if g.dtype != torch.float16])
+        for grad in grads:
+            if grad.dtype == torch.float16:  # one at a time: the kernel reads float32 and bfloat16
+                total += squared_norm([grad.float()])[0]
+        return float(self.engine.sum_over_shards(total, "the norm of the gradients") ** 0.5) * self.unscale
 
     def clip_by_norm(self, max_norm: float) -> float:
         """Scale the gradients of the coming step so that their norm is at most ``max_norm``; return the norm before.
@@ -117,29 +131,33 @@ class OptimizerBinding:
 
     def step(self) -> None:
         """Take one optimizer step, now or just in time."""
-        kind = type(self.optimizer)
-        scale, clip_value = self.grad_scale, self.clip_value
-        self.grad_scale, self.clip_value = 1.0, None
-        hypers: dict[tuple[int, int], AdamHyper] = {}
+        scale, clip_value = self.grad_scale * self.unscale, self.clip_value
+        self.forget_scaling()
         self.engine.reduce_gradients()
         for buffer, groups in self._by_buffer():
             pieces = buffer.gradients.collect(groups, keep=not buffer.deferred)
             if not pieces:
                 continue
-            update = Update(grad_scale=scale, clip_value=clip_value)
-            for piece in pieces:
-                buffer.steps[piece.index] += 1
-                key = (id(groups[piece.index]), buffer.steps[piece.index])
-                if key not in hypers:
-                    hypers[key] = hyper_of(groups[piece.index], buffer.steps[piece.index], kind)
-                update.add(piece.start, piece.grad, hypers[key])
-            self.engine.update(buffer, update)
+            self.engine.update(buffer, self.rule.capture(buffer, pieces, groups, scale, clip_value))
         self.engine.stepped()
+
+    def forget_scaling(self) -> None:
+        """Forget what the gradients of the coming step were to be scaled and clipped by."""
+        self.unscale, self.grad_scale, self.clip_value = 1.0, 1.0, None
 
     def zero_grad(self) -> None:
         """Forget the gradients of this optimizer's parameters."""
         for buffer, groups in self._by_buffer():
             buffer.gradients.clear(groups)
+
+
+def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
+    """Return what the steps of an optimizer do.
+
+    Raises:
+        ValueError: If it cannot work on shards.
+    """
+    return AdamRule(type(optimizer)) if is_fused_adam(optimizer) else ElementwiseRule(optimizer)
 
 
 def binding_of(optimizer: torch.optim.Optimizer) -> OptimizerBinding:

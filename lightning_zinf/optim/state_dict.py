@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from lightning_zinf.memory.machine import check_room
 
 if TYPE_CHECKING:
+    from lightning_zinf.engine.buffer import FlatBuffer
     from lightning_zinf.optim.binding import OptimizerBinding
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer_state_dict(binding: OptimizerBinding) -> dict[str, Any]:
@@ -27,26 +26,41 @@ def optimizer_state_dict(binding: OptimizerBinding) -> dict[str, Any]:
     engine = binding.engine
     params = owned_params(binding.optimizer)
     number = {id(p): i for i, p in enumerate(params)}
-    check_room(8 * sum(p.numel() for p in params), "the optimizer's state")
+    check_room(
+        sum(4 * len(binding.rule.planes(g)) * p.numel() for g in binding.optimizer.param_groups for p in g["params"]),
+        "the optimizer's state",
+    )
     state: dict[int, dict[str, Tensor]] = {}
     for unit in engine.units:
-        wanted = [b for b in unit.buffers if any(id(p) in number and s for p, s in zip(b.params, b.steps, strict=True))]
+        wanted = [b for b in unit.buffers if _entries(binding, b, number)]
         if not wanted:
             continue
         with engine.loaded(unit):
             for buffer in wanted:
-                planes = {m: _views(buffer, m) for m in _MOMENTS}
-                for j, (param, step) in enumerate(zip(buffer.params, buffer.steps, strict=True)):
-                    if id(param) in number and step:
-                        entry = {"step": torch.tensor(float(step))}
-                        entry.update({m: planes[m][j].clone() for m in _MOMENTS})
-                        state[number[id(param)]] = entry
+                _collect(binding, buffer, number, state)
     groups = []
     for group in binding.optimizer.param_groups:
         packed = {k: v for k, v in group.items() if k != "params"}
         packed["params"] = [number[id(p)] for p in group["params"]]
         groups.append(packed)
     return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+
+def _collect(binding: OptimizerBinding, buffer: FlatBuffer, number: dict[int, int], state: dict[int, Any]) -> None:
+    """Put the states of a buffer's parameters into ``state``, by their numbers."""
+    entries = _entries(binding, buffer, number)
+    # The same on all ranks, which gather the planes together.
+    planes = {name: _views(buffer, name) for name in sorted({name for _, own in entries.values() for name in own})}
+    for j, (rest, own) in entries.items():
+        state[number[id(buffer.params[j])]] = {**rest, **{name: planes[name][j].clone() for name in own}}
+
+
+def _entries(
+    binding: OptimizerBinding, buffer: FlatBuffer, number: dict[int, int]
+) -> dict[int, tuple[dict[str, Any], tuple[str, ...]]]:
+    """Return what the rule says of those of a buffer's parameters that have state."""
+    found = {j: binding.rule.entry(buffer, j) for j, p in enumerate(buffer.params) if id(p) in number}
+    return {j: entry for j, entry in found.items() if entry is not None}
 
 
 def load_optimizer_state_dict(binding: OptimizerBinding, state_dict: Mapping[str, Any]) -> None:
@@ -60,40 +74,55 @@ def load_optimizer_state_dict(binding: OptimizerBinding, state_dict: Mapping[str
     _check_groups(optimizer, saved)
     engine.flush()
     ids = [i for group in saved for i in group["params"]]
-    states = {id(p): state_dict["state"].get(i) for i, p in zip(ids, owned_params(optimizer), strict=True)}
+    states = {id(p): state_dict["state"].get(i) or {} for i, p in zip(ids, owned_params(optimizer), strict=True)}
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for unit in engine.units:
         for buffer in unit.buffers:
-            if buffer.trained and any(id(p) in states for p in buffer.params):
-                _load_buffer(buffer, states)
+            if any(id(p) in states for p in buffer.params):
+                _load_buffer(binding, buffer, states, groups)
     for group, packed in zip(optimizer.param_groups, saved, strict=True):
         group.update({k: v for k, v in packed.items() if k not in ("params", "param_names")})
 
 
-def _load_buffer(buffer: Any, states: Mapping[int, Mapping[str, Any] | None]) -> None:
-    planes = {m: buffer.read_plane(m) for m in _MOMENTS}
+def _load_buffer(
+    binding: OptimizerBinding,
+    buffer: FlatBuffer,
+    states: Mapping[int, Mapping[str, Any]],
+    groups: Mapping[int, dict[str, Any]],
+) -> None:
+    indices = [j for j, p in enumerate(buffer.params) if id(p) in states]
+    names = sorted({name for j in indices for name in binding.rule.planes(groups[id(buffer.params[j])])})
+    buffer.need_planes(tuple(names))
+    planes = {name: _read(buffer, name) for name in names}
     first, end = buffer.shard_range
     parts = {index: (offset, low, numel) for index, offset, low, numel in buffer.layout.overlaps(first, end)}
-    for j, (name, param) in enumerate(zip(buffer.names, buffer.params, strict=True)):
-        if id(param) not in states:
-            continue
-        entry = states[id(param)] or {}
-        buffer.steps[j] = int(entry.get("step", 0))
-        for moment in _MOMENTS:
-            value = entry.get(moment)
+    for j in indices:
+        name, param = buffer.names[j], buffer.params[j]
+        entry, group = states[id(param)], groups[id(param)]
+        binding.rule.restore(buffer, j, entry, group)
+        for plane in binding.rule.planes(group):
+            value = entry.get(plane)
             if value is not None and tuple(value.shape) != tuple(param.shape):
                 raise ValueError(
-                    f"optimizer state {moment!r} of parameter {name!r} has shape {tuple(value.shape)}, but the "
+                    f"optimizer state {plane!r} of parameter {name!r} has shape {tuple(value.shape)}, but the "
                     f"parameter has shape {tuple(param.shape)}"
                 )
             if j in parts:
                 offset, low, numel = parts[j]
-                view = planes[moment][low - first : low - first + numel]
+                view = planes[plane][low - first : low - first + numel]
                 view.copy_(value.reshape(-1)[offset : offset + numel]) if value is not None else view.zero_()
-    for moment in _MOMENTS:
-        buffer.state.write(moment, planes[moment])
+    assert buffer.state is not None, buffer
+    for plane in names:
+        buffer.state.write(plane, planes[plane])
 
 
-def _views(buffer: Any, plane: str) -> list[Tensor]:
+def _read(buffer: FlatBuffer, plane: str) -> Tensor:
+    shard = buffer.read_plane(plane)
+    assert shard is not None, buffer
+    return shard
+
+
+def _views(buffer: FlatBuffer, plane: str) -> list[Tensor]:
     flat = buffer.whole_plane(plane)
     assert flat is not None, buffer
     return list(buffer.views_of(flat.cpu()))

@@ -5,129 +5,131 @@ Note [The update]
 A step is captured when ``optimizer.step()`` is called: gradients, learning rates and the other hyper-parameters as they
 are then, and the clip factor. Applied now or later, it gives the same bits. Parameters without a gradient are skipped,
 as torch.optim skips them: no moments decay, and their step count stands still.
+
+What a step computes is the business of a rule: the fused kernel for Adam (``adam.py``), the user's own optimizer class
+on pieces of parameters for any other that works element by element (``elementwise.py``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_zinf.memory.state import State
-from lightning_zinf.ops import AdamHyper, Segment, adam_update, reference
+from lightning_zinf.engine.gradients import Piece
+from lightning_zinf.memory.state import Record, State
+from lightning_zinf.ops import join_master, reference, split_master
 
-SUPPORTED = (torch.optim.Adam, torch.optim.AdamW)
+if TYPE_CHECKING:
+    from lightning_zinf.engine.buffer import FlatBuffer
+
+Group = dict[str, Any]
 
 
-@dataclass
-class Update:
+class Update(ABC):
     """An optimizer step of this rank's shard of one buffer.
 
     Attributes:
-        pieces: ``(first element in the shard, gradient, index of its hyper-parameters)``; gradients are contiguous, and
-            where the update runs.
-        hypers: Hyper-parameters that ``pieces`` refers to.
-        grad_scale: Factor on every gradient: unscaling and clipping by norm in one.
-        clip_value: Largest absolute value of a gradient after scaling, or None.
         done: Elements of the shard that have been updated already: a read that fails amid an update stops it, and it
             goes on from there when it is tried again.
+        average: Weight of the new values in a running average of the masters, or None if there is none.
     """
 
-    pieces: list[tuple[int, Tensor, int]] = field(default_factory=list)
-    hypers: list[AdamHyper] = field(default_factory=list)
-    grad_scale: float = 1.0
-    clip_value: float | None = None
     done: int = 0
-
-    def add(self, start: int, grad: Tensor, hyper: AdamHyper) -> None:
-        """Add the gradient of the elements from ``start`` on."""
-        if hyper not in self.hypers:
-            self.hypers.append(hyper)
-        self.pieces.append((start, grad, self.hypers.index(hyper)))
+    average: float | None = None
 
     def apply(self, weight: Tensor, state: State) -> None:
-        """Run the fused kernel over the shard, record by record.
+        """Update the shard, record by record.
 
         Args:
             weight: Its weight plane, updated in place.
             state: Its other planes, updated in place.
         """
         with torch.no_grad():
-            update = adam_update if weight.device.type == "cpu" else reference.adam_update
             for record in state.records(self.done):
-                segments = [
-                    segment
-                    for start, grad, hyper in self.pieces
-                    if (segment := _cut(start, grad, hyper, record.start, record.stop)) is not None
-                ]
-                if segments:
-                    update(
-                        weight[record.start : record.stop],
-                        record.planes.get("residual"),
-                        record.planes["exp_avg"],
-                        record.planes["exp_avg_sq"],
-                        segments,
-                        self.hypers,
-                        grad_scale=self.grad_scale,
-                        clip_value=self.clip_value,
-                    )
+                part = weight[record.start : record.stop]
+                self.update_record(part, record)
+                if self.average is not None and "ema" in record.planes:
+                    record.planes["ema"].lerp_(master_of(part, record.planes), self.average)
                 self.done = record.stop
+            self.finish()
+
+    @abstractmethod
+    def update_record(self, weight: Tensor, record: Record) -> None:
+        """Update a range of elements.
+
+        Args:
+            weight: Their weights.
+            record: Their other planes.
+        """
+
+    def finish(self) -> None:  # noqa: B027  # most have nothing to do
+        """All records are done."""
 
 
-def _cut(offset: int, grad: Tensor, hyper: int, start: int, stop: int) -> Segment | None:
-    """Return the part of a gradient that falls into the elements ``[start, stop)`` of the shard."""
-    numel = grad.numel()
-    low, high = max(start, offset), min(stop, offset + numel)
-    if low >= high:
-        return None
-    flat = grad.view(-1)
-    if high - low != numel:
-        flat = flat[low - offset : high - offset]
-    return Segment(low - start, flat, hyper)
+class Rule(ABC):
+    """What the steps of one optimizer do."""
+
+    @abstractmethod
+    def planes(self, group: Group) -> tuple[str, ...]:
+        """Return the names of the tensors of a parameter's shape that the optimizer keeps for parameters of a group."""
+
+    @abstractmethod
+    def capture(
+        self,
+        buffer: FlatBuffer,
+        pieces: Sequence[Piece],
+        groups: Mapping[int, Group],
+        grad_scale: float,
+        clip_value: float | None,
+    ) -> Update:
+        """Return the step of a buffer as it is to be taken now.
+
+        Args:
+            buffer: The buffer.
+            pieces: Gradients of its parameters.
+            groups: The param group of each parameter of the buffer that is the optimizer's.
+            grad_scale: Factor on every gradient.
+            clip_value: Largest absolute value of a gradient after scaling, or None.
+        """
+
+    @abstractmethod
+    def entry(self, buffer: FlatBuffer, index: int) -> tuple[dict[str, Any], tuple[str, ...]] | None:
+        """Return what is not a plane of a parameter's state, and which planes it has; None if it has no state yet."""
+
+    @abstractmethod
+    def restore(self, buffer: FlatBuffer, index: int, entry: Mapping[str, Any], group: Group) -> None:
+        """Take in what is not a plane of a parameter's state, from torch.optim's layout; ``{}`` for no state."""
 
 
-def hyper_of(group: dict[str, Any], step: int, kind: type) -> AdamHyper:
-    """Return the hyper-parameters of a param group for a parameter's ``step``-th update (counted from 1)."""
-    beta1, beta2 = group["betas"]
-    decoupled = bool(group.get("decoupled_weight_decay", issubclass(kind, torch.optim.AdamW)))
-    return AdamHyper(
-        lr=float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        step=step,
-        decoupled=decoupled,
-        maximize=bool(group.get("maximize", False)),
-    )
+def master_of(weight: Tensor, planes: Mapping[str, Tensor]) -> Tensor:
+    """Return the float32 masters of a range of elements: a plane of theirs, or joined into new memory.
 
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that the fused update cannot stand for.
-
-    Raises:
-        ValueError: With the optimizer's name, the reason, and what to use instead.
+    Args:
+        weight: Their weight plane.
+        planes: Their other planes.
     """
-    kind = type(optimizer)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    base = next((c for c in SUPPORTED if isinstance(optimizer, c)), None)
-    if base is None:
-        raise ValueError(
-            "the zinf strategy updates flat shards with its own Adam kernel, so it takes torch.optim.Adam and "
-            f"torch.optim.AdamW; configure_optimizers returned {name}. Optimizers that need whole matrices (LBFGS, "
-            "Muon, Adafactor, Shampoo) cannot work on shards; other elementwise ones are not supported yet."
-        )
-    if kind.step not in (base.step, torch.optim.Adam.step, torch.optim.AdamW.step):
-        raise ValueError(
-            f"{name} overrides step() of torch.optim.{base.__name__}, which the zinf strategy would not run: use "
-            f"torch.optim.{base.__name__} itself"
-        )
-    for group in optimizer.param_groups:
-        for option in ("amsgrad", "differentiable"):
-            if group.get(option):
-                raise ValueError(f"{name}(..., {option}=True) is not supported by the zinf strategy: set it to False")
+    if "master" in planes:
+        return planes["master"]
+    if "residual" not in planes:
+        return weight
+    master = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    (join_master if weight.is_cpu else reference.join_master)(weight, planes["residual"], master)
+    return master
+
+
+def set_master(weight: Tensor, planes: Mapping[str, Tensor], master: Tensor) -> None:
+    """Set the masters of a range of elements, and the weights that compute uses, from float32."""
+    if "residual" in planes:
+        (split_master if weight.is_cpu else reference.split_master)(master, weight, planes["residual"])
+        return
+    if "master" in planes and planes["master"].data_ptr() != master.data_ptr():
+        planes["master"].copy_(master)
+    if weight.data_ptr() != master.data_ptr():
+        weight.copy_(master)
 
 
 def clip_coefficient(max_norm: float, total_norm: float) -> float:

@@ -38,9 +38,14 @@ def expected(name: str, precision: str, setting: Setting) -> Result:
     return train_together(ZOO[name], precision, RECIPE, setting)
 
 
-def check(name: str, precision: str, where: Where, setting: Setting, folder: Path) -> None:
-    found = pool(setting.world).run(ranks.train, name, folder, where, precision, RECIPE, setting)
-    assert_same(found[0][0], expected(name, precision, setting))
+def check(
+    name: str, precision: str, where: Where, setting: Setting, folder: Path, recipe: Recipe | None = None
+) -> None:
+    found = pool(setting.world).run(ranks.train, name, folder, where, precision, recipe or RECIPE, setting)
+    if recipe is None:
+        assert_same(found[0][0], expected(name, precision, setting))
+    else:
+        assert_same(found[0][0], train_together(ZOO[name], precision, recipe, setting))
     for result, _ in found[1:]:
         result.losses = found[0][0].losses
         assert_same(result, found[0][0])
@@ -67,3 +72,24 @@ def test_two_ranks_and_every_model(name: str, precision: str, where: Where, stag
 def test_four_ranks(setting: Setting, tmp_path: Path) -> None:
     where = Where("nvme", "nvme", tight=True) if setting.stage == 3 else Where("none", "none")
     check("gpt", "bf16-mixed", where, setting, tmp_path)
+
+
+@pytest.mark.parametrize(("where", "stage"), [(PLACES[1][0], 1), (PLACES[2][1], 2), (PLACES[3][1], 3)], ids=str)
+@pytest.mark.parametrize("name", ["gpt", "mixture"])
+def test_float16(name: str, where: Where, stage: int, tmp_path: Path) -> None:
+    check(name, "16-mixed", where, Setting(2, stage), tmp_path)
+
+
+OPTIMIZERS = {
+    "momentum": Recipe(steps=3, optimizer=torch.optim.SGD, options={"momentum": 0.9}),
+    "plain": Recipe(steps=3, optimizer=torch.optim.SGD),
+    "adagrad": Recipe(steps=3, optimizer=torch.optim.Adagrad),
+    "asgd": Recipe(steps=3, optimizer=torch.optim.ASGD, options={"t0": 1}),
+    "amsgrad": Recipe(steps=3, optimizer=torch.optim.AdamW, options={"amsgrad": True}),
+}
+
+
+@pytest.mark.parametrize(("where", "stage"), [(PLACES[2][1], 2), (PLACES[3][1], 3)], ids=str)
+@pytest.mark.parametrize("recipe", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_other_optimizers(recipe: Recipe, where: Where, stage: int, tmp_path: Path) -> None:
+    check("gpt", "bf16-mixed" if stage == 3 else "32-true", where, Setting(2, stage), tmp_path, recipe)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from models import Case
-from oracle import Recipe, Result, autocast
+from oracle import Recipe, Result, autocast, put_state
 from torch import Tensor, nn
 
 from lightning_zinf.comm.group import Ranks
@@ -19,6 +19,7 @@ from lightning_zinf.engine.partition import PartitionConfig, partition
 from lightning_zinf.engine.units import find_units
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.optim.binding import OptimizerBinding
+from lightning_zinf.optimizers import planes_of, rules_of
 
 CPU = torch.device("cpu")
 TILE = 8192
@@ -57,7 +58,7 @@ def buffer_sizes(
     for plan in find_units(module, MemoryConfig().unit_bytes, units):
         groups: dict[tuple[object, ...], list[nn.Parameter]] = {}
         for _, param in plan.params:
-            low = param.dtype == torch.bfloat16 or (precision == "bf16-mixed" and id(param) not in whole)
+            low = param.dtype == torch.bfloat16 or (precision != "32-true" and id(param) not in whole)
             groups.setdefault((2 if low else 4, param.dtype, param.requires_grad), []).append(param)
         found[plan.name] = [
             (FlatLayout.build([p.shape for p in params], itemsize, shards).padded_numel, itemsize)
@@ -66,13 +67,16 @@ def buffer_sizes(
     return found
 
 
-def tight_memory(module: nn.Module, precision: str, units: tuple[str, ...], shards: int = 1) -> MemoryConfig:
+def tight_memory(
+    module: nn.Module, precision: str, units: tuple[str, ...], shards: int = 1, kept: int = 8
+) -> MemoryConfig:
     """Return about the least memory that pages can do with: the largest unit beside the root's, and two tiles."""
     sizes = buffer_sizes(module, precision, units, shards)
     totals = {name: sum(numel * itemsize for numel, itemsize in buffers) for name, buffers in sizes.items()}
     least = max(totals.values()) + (totals[""] if max(totals.values()) != totals[""] else 0)
     buffers = [buffer for unit in sizes.values() for buffer in unit]
-    tile = min(TILE, max(numel for numel, _ in buffers)) * (10 if any(itemsize == 2 for _, itemsize in buffers) else 8)
+    low = (4 if precision == "16-mixed" else 2) if any(itemsize == 2 for _, itemsize in buffers) else 0
+    tile = min(TILE, max(numel for numel, _ in buffers)) * (max(kept, 8) + low)
     # A third may go to tiles.
     return MemoryConfig(host_bytes=max(least + 2 * tile, -(-least * 3 // 2)), device_bytes=least)
 
@@ -153,13 +157,15 @@ class Session:
                     masters = buffer.views_of(buffer.read_master())
                 for index, name in enumerate(buffer.names):
                     result.masters[name] = masters[index].clone()
-                    result.counts[name] = buffer.steps[index]
-                if any(buffer.steps):
-                    planes = [buffer.whole_plane("exp_avg"), buffer.whole_plane("exp_avg_sq")]
-                    views = [buffer.views_of(p.clone()) for p in planes if p is not None]
-                    for index, name in enumerate(buffer.names):
-                        if buffer.steps[index]:
-                            result.moments[name] = (views[0][index], views[1][index])
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        params = [p for g in self.optimizer.param_groups for p in g["params"]]
+        states = self.optimizer.state_dict()["state"]
+        for number, param in enumerate(params):
+            state = states.get(number)
+            result.counts[names[id(param)]] = int(state.get("step", 0)) if state else 0
+            if state:
+                put_state(result, names[id(param)], param, state)
+        result.counts = {n: result.counts.get(n, 0) for n in result.masters}
         order = [name for name, _ in self.model.named_parameters()]
         result.masters = {n: result.masters[n] for n in order}
         return result
@@ -183,9 +189,13 @@ def session(
     """Partition a model of the zoo, and give everything back at the end."""
     where, recipe = where or Where(), recipe or Recipe()
     model = case.make() if model is None else model
+    optimizer = recipe.build(model.parameters())
+    schedule = recipe.schedule(optimizer)
+    names = planes_of([optimizer], rules_of([optimizer]))
     if memory is None:
         shards = 1 if ranks is None else ranks.shard_size
-        memory = tight_memory(model, precision, case.units, shards) if where.tight else MemoryConfig()
+        kept = 4 * max(len(planes) for planes in names.values())
+        memory = tight_memory(model, precision, case.units, shards, kept) if where.tight else MemoryConfig()
     config = PartitionConfig(
         device=CPU,
         precision=precision,  # type: ignore[arg-type]
@@ -200,9 +210,8 @@ def session(
         stage=stage,
         shard_size=shard,
     )
-    optimizer = recipe.build(model.parameters())
-    schedule = recipe.schedule(optimizer)
-    engine = partition(model, config, [p for g in optimizer.param_groups for p in g["params"]], ranks)
+    trained = [p for g in optimizer.param_groups for p in g["params"]]
+    engine = partition(model, config, trained, ranks, names)
     try:
         binding = OptimizerBinding(optimizer, engine)
         first, world = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)

@@ -187,14 +187,14 @@ def test_exception_in_user_code(tmp_path: Path, place: str, where: str) -> None:
 
 
 def test_interrupted_configure_optimizers_can_be_repeated(tmp_path: Path) -> None:
-    class Muon(Net):
+    class Closure(Net):
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+            return torch.optim.LBFGS(self.parameters(), lr=0.1)
 
-    module = net(Muon)
-    with pytest.raises(ValueError, match=r"torch.optim.*SGD"):
+    module = net(Closure)
+    with pytest.raises(ValueError, match=r"torch.optim.*LBFGS"):
         trainer(tmp_path, "nvme").fit(module, loader())
-    oracle = net(Muon)
+    oracle = net(Closure)
     trainer(tmp_path, "auto").fit(module, loader())
     trainer(tmp_path, "auto").fit(oracle, loader())
     assert_close(weights(module), dict(oracle.state_dict()))
