@@ -184,8 +184,9 @@ def _precision_of(plugin: Any, strategy: ZinfStrategyBody) -> str:
     module = _compat.part(strategy.package, "plugins.precision")
     kind = type(plugin)
     if plugin.precision in SUPPORTED and kind not in (module.Precision, module.MixedPrecision, module.HalfPrecision):
+        name = f"{kind.__module__}.{kind.__qualname__}"
         raise ValueError(
-            "the zinf strategy has a precision plugin of its own and cannot use "
-            f"{kind.__module__}.{kind.__qualname__}: pass Trainer(precision=...) of {' or '.join(map(repr, SUPPORTED))} instead of a plugin"
+            f"the zinf strategy has a precision plugin of its own and cannot use {name}: pass Trainer(precision=...) of"
+            f" {' or '.join(map(repr, SUPPORTED))} instead of a plugin"
         )
     return str(plugin.precision)

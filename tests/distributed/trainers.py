@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,32 @@ def batches_of_rank(rank: int, size: int, folder: Path) -> int:
 
     build(size, "zinf", folder).fit(net(Sees), DataLoader(torch.randn(16, WIDTH), batch_size=2))  # type: ignore[arg-type]
     return len(seen)
+
+
+class Reads(Net):
+    """Rank 0 alone looks at a weight between steps."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.global_rank == 0:
+            self.seen = float(self.head.weight.detach().sum())
+
+
+class Writes(Net):
+    """Rank 0 alone changes a weight between steps."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.global_rank == 0 and self.global_step == 2:
+            with torch.no_grad():
+                self.head.weight += 1
+
+
+def fit_unevenly(rank: int, size: int, folder: Path, kind: type[Net], offload: str) -> tuple[str, dict[str, Tensor]]:
+    model = net(kind)
+    strategy = lightning_zinf.ZinfStrategy(
+        offload_params=offload, offload_optimizer=offload, timeout=timedelta(seconds=8)
+    )
+    try:
+        build(size, strategy, folder).fit(model, loader(8))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", {}
+    return "", lightning_zinf.full_state_dict(model)

@@ -12,11 +12,6 @@ from models import ZOO
 from oracle import Recipe, Result, assert_same, train_plain
 
 PRECISIONS = ["32-true", "bf16-mixed"]
-FP16_PLACES = [
-    Where("none", "none"),
-    Where("nvme", "nvme", tight=True),
-    Where("nvme", "nvme", aliased=False, tight=True),
-]
 PLACES = [
     Where("none", "none"),
     Where("none", "nvme"),
