@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import trainers
-from lightning_cases import loader, net
+from lightning_cases import Net, loader, net
 from pool import pool
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -63,3 +63,26 @@ def test_an_exception_on_one_rank_reaches_all(tmp_path: Path) -> None:
     assert "rank 1 stopped with RuntimeError: broken on purpose" in first[0]
     assert second[0] == "RuntimeError: broken on purpose"
     assert first[1] == second[1] == 4
+
+
+@pytest.mark.parametrize("offload", ["none", "nvme"])
+def test_a_weight_that_one_rank_reads(offload: str, tmp_path: Path) -> None:
+    plain = pool(2).run(trainers.fit_unevenly, tmp_path, Net, offload)
+    for _ in range(3):  # who waits where is a matter of chance
+        for (said, weights), (_, expected) in zip(
+            pool(2).run(trainers.fit_unevenly, tmp_path, trainers.Reads, offload), plain, strict=True
+        ):
+            assert not said
+            assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_weight_that_one_rank_changes(tmp_path: Path) -> None:
+    for said, _ in pool(2).run(trainers.fit_unevenly, tmp_path, trainers.Writes, "none"):
+        assert "ValueError: code outside of training steps changed parameters in different ways on the ranks" in said
+        assert "last changed: <root>" in said
+
+
+def test_a_mismatch_is_named_within_the_timeout(tmp_path: Path) -> None:
+    for said, _ in pool(2).run(trainers.fit_unevenly, tmp_path, trainers.Alone, "none", 1.0):
+        assert "ChannelError: rank 1 did not come within 1 s" in said
+        assert "rank 0 wants unit '<root>' (parameter 'head.weight', ...)" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,25 @@ class Writes(Net):
                 self.head.weight += 1
 
 
-def fit_unevenly(rank: int, size: int, folder: Path, kind: type[Net], offload: str) -> tuple[str, dict[str, Tensor]]:
+def fit_unevenly(
+    rank: int, size: int, folder: Path, kind: type[Net], offload: str, seconds: float = 30
+) -> tuple[str, dict[str, Tensor]]:
     model = net(kind)
     strategy = lightning_zinf.ZinfStrategy(
-        offload_params=offload, offload_optimizer=offload, timeout=timedelta(seconds=8)
+        offload_params=offload, offload_optimizer=offload, timeout=timedelta(seconds=seconds)
     )
     try:
         build(size, strategy, folder).fit(model, loader(8))
     except Exception as error:
         return f"{type(error).__name__}: {error}", {}
     return "", lightning_zinf.full_state_dict(model)
+
+
+class Alone(Net):
+    """Rank 0 uses a weight while rank 1 is in something that no rank serves from."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.global_rank == 0:
+            self.head.weight.detach().sum()
+        else:
+            time.sleep(3)
