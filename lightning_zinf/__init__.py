@@ -1,8 +1,8 @@
 """ZeRO-Infinity for PyTorch Lightning: ``Trainer(strategy="zinf")``.
 
 Importing this package imports neither torch nor Lightning. The strategy and the callbacks exist once for
-``lightning.pytorch`` and once for ``pytorch_lightning``, which do not accept each other's objects; ``ZinfStrategy`` and
-``ZinfMonitor`` are those of the package that is in use.
+``lightning.pytorch`` and once for ``pytorch_lightning``, which do not accept each other's objects; ``ZinfStrategy``,
+``ZinfMonitor`` and ``ZinfEMA`` are those of the package that is in use.
 """
 
 import importlib
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_zinf.config import IOConfig as IOConfig
     from lightning_zinf.config import MemoryConfig as MemoryConfig
     from lightning_zinf.config import OverlapConfig as OverlapConfig
+    from lightning_zinf.lightning import ZinfEMA as ZinfEMA
     from lightning_zinf.lightning import ZinfMonitor as ZinfMonitor
     from lightning_zinf.lightning import ZinfStrategy as ZinfStrategy
 
@@ -27,6 +28,7 @@ __all__ = [
     "IOConfig",
     "MemoryConfig",
     "OverlapConfig",
+    "ZinfEMA",
     "ZinfMonitor",
     "ZinfStrategy",
     "__version__",
@@ -34,7 +36,7 @@ __all__ = [
     "gathered",
 ]
 
-_FACES = ("ZinfMonitor", "ZinfStrategy")
+_FACES = ("ZinfEMA", "ZinfMonitor", "ZinfStrategy")
 _HOMES = {"lightning.pytorch": "lightning_zinf.lightning", "pytorch_lightning": "lightning_zinf.pl"}
 _MODULE_OF = {
     "IOConfig": "lightning_zinf.config",

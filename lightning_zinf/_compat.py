@@ -47,6 +47,18 @@ def tell_scaler(scaler: Any, optimizer: torch.optim.Optimizer, found_inf: bool) 
     scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {device: found}
 
 
+def restore_finetuning(package: str, trainer: Any) -> None:
+    """Give optimizers the param groups that a finetuning callback had added to them before the checkpoint.
+
+    The callback does so in ``on_fit_start``, which for strategies that load after setup has passed when it gets its
+    state.
+    """
+    kind = part(package, "callbacks").BaseFinetuning
+    for callback in trainer.callbacks:
+        if isinstance(callback, kind) and getattr(callback, "_restarting", False):
+            callback.on_fit_start(trainer, trainer.lightning_module)
+
+
 def keep_samplers(trainer: Any) -> None:
     """Let one process train on the batches that it would have without a strategy.
 

@@ -25,8 +25,9 @@ def gathered(params: Params, write: bool = False) -> Iterator[None]:
 
     Args:
         params: A parameter, some, or a module for all of its.
-        write: Say that the weights will be changed. Changes stay either way; with several ranks, every rank has to make
-            the same.
+        write: Say that the weights will be changed. In one process changes stay either way. With several ranks, all of
+            them must open the context then, and all get what rank 0 made of the weights, so it is enough if rank 0
+            changes them; without it every rank has to make the same changes.
     """
     if isinstance(params, nn.Module):
         params = params.parameters()
@@ -35,6 +36,10 @@ def gathered(params: Params, write: bool = False) -> Iterator[None]:
     held: list[Tensor] = [param.detach() for param in wanted]
     try:
         yield
+        if write:
+            for engine in engines_of(wanted):
+                opened = [p.data for p in wanted if engine.unit_of(p) is not None]
+                engine.broadcast(opened, "the end of `with gathered(..., write=True)`")
     finally:
         held.clear()
         for engine in engines_of(wanted):

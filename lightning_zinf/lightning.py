@@ -6,11 +6,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_zinf.callbacks.ema import ZinfEMABody
 from lightning_zinf.callbacks.monitor import ZinfMonitorBody
 from lightning_zinf.precision import ZinfPrecisionBody
 from lightning_zinf.strategy import ZinfStrategyBody
 
-__all__ = ["ZinfMonitor", "ZinfPrecision", "ZinfStrategy"]
+__all__ = ["ZinfEMA", "ZinfMonitor", "ZinfPrecision", "ZinfStrategy"]
 
 
 class ZinfPrecision(ZinfPrecisionBody, Precision):
@@ -31,3 +32,7 @@ class ZinfStrategy(ZinfStrategyBody, DDPStrategy):  # noqa: D101
 
 class ZinfMonitor(ZinfMonitorBody, Callback):  # noqa: D101
     __doc__ = ZinfMonitorBody.__doc__
+
+
+class ZinfEMA(ZinfEMABody, Callback):  # noqa: D101
+    __doc__ = ZinfEMABody.__doc__

@@ -6,11 +6,12 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.strategies import DDPStrategy
 
+from lightning_zinf.callbacks.ema import ZinfEMABody
 from lightning_zinf.callbacks.monitor import ZinfMonitorBody
 from lightning_zinf.precision import ZinfPrecisionBody
 from lightning_zinf.strategy import ZinfStrategyBody
 
-__all__ = ["ZinfMonitor", "ZinfPrecision", "ZinfStrategy"]
+__all__ = ["ZinfEMA", "ZinfMonitor", "ZinfPrecision", "ZinfStrategy"]
 
 
 class ZinfPrecision(ZinfPrecisionBody, Precision):  # type: ignore[misc]
@@ -31,3 +32,7 @@ class ZinfStrategy(ZinfStrategyBody, DDPStrategy):  # type: ignore[misc]  # noqa
 
 class ZinfMonitor(ZinfMonitorBody, Callback):  # type: ignore[misc]  # noqa: D101
     __doc__ = ZinfMonitorBody.__doc__
+
+
+class ZinfEMA(ZinfEMABody, Callback):  # type: ignore[misc]  # noqa: D101
+    __doc__ = ZinfEMABody.__doc__

@@ -37,8 +37,12 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-REFUSED_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging")
-"""They average deep copies of the module, which would read every offloaded weight at every step."""
+_COPIES = "it averages whole copies of the module, which are not offloaded"
+REFUSED_CALLBACKS = {
+    "StochasticWeightAveraging": f"{_COPIES}: remove the callback, or train with another strategy",
+    "WeightAveraging": f"{_COPIES}: use lightning_zinf.ZinfEMA for an exponential moving average",
+    "ModelPruning": "it puts new parameters into the module, which are not partitioned: prune before or after training",
+}
 
 
 def _check_kind(name: str, value: object, kind: type) -> None:
@@ -269,13 +273,14 @@ class ZinfStrategyBody(_Base):
     def _sync_buffers(self) -> None:
         """Give all ranks rank 0's buffers (running statistics), which is what DDP evaluates and saves."""
         engine = self._engine
-        if engine is not None and engine.context.comm is not None:
-            engine.meet("the start of an evaluation")
-            with torch.no_grad():
-                for module in engine.root.modules():
-                    for name, buffer in module._buffers.items():
-                        if buffer is not None and name not in module._non_persistent_buffers_set:
-                            engine.context.comm.broadcast(buffer)
+        if engine is not None:
+            kept = [
+                buffer
+                for module in engine.root.modules()
+                for name, buffer in module._buffers.items()
+                if buffer is not None and name not in module._non_persistent_buffers_set
+            ]
+            engine.broadcast(kept, "the start of an evaluation")
 
     def on_validation_start(self) -> None:
         """Evaluate with rank 0's buffers."""
@@ -302,12 +307,10 @@ class ZinfStrategyBody(_Base):
         self._meet("the end of prediction")
 
     def _refuse_callbacks(self, trainer: "Trainer") -> None:
-        found = _compat.instances_of(self.package, trainer.callbacks, REFUSED_CALLBACKS)  # type: ignore[attr-defined]
-        if found:
-            raise ValueError(
-                f"the zinf strategy does not support {' and '.join(found)}: it averages whole copies of the module, "
-                "which are not offloaded. Remove the callback, or train with another strategy"
-            )
+        for kind, reason in REFUSED_CALLBACKS.items():
+            found = _compat.instances_of(self.package, trainer.callbacks, [kind])  # type: ignore[attr-defined]
+            if found:
+                raise ValueError(f"the zinf strategy does not support {found[0]}: {reason}")
 
     # ------------------------------------------------------------------ setup
 
@@ -373,7 +376,9 @@ class ZinfStrategyBody(_Base):
             if engine is not None:
                 forget(module)
             trained = [p for o in optimizers for group in o.param_groups for p in group["params"]] if bind else []
-            engine = partition(module, config, trained, ranks, planes_of(optimizers, rules) if bind else None)
+            more = tuple(p for c in module.trainer.callbacks for p in getattr(c, "state_planes", ()))  # type: ignore[attr-defined]
+            planes = {i: p + more for i, p in planes_of(optimizers, rules).items()} if bind else None
+            engine = partition(module, config, trained, ranks, planes)
         if bind:
             assert engine is not None
             bind_all(optimizers, rules, engine, states)
@@ -469,6 +474,8 @@ class ZinfStrategyBody(_Base):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizers' states to where they live."""
+        assert self.lightning_module is not None
+        _compat.restore_finetuning(self.package, self.lightning_module.trainer)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
 

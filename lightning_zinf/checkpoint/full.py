@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_zinf.engine.engine import Engine
 
 
-def full_state_dict(engine: Engine, keep: bool = True) -> dict[str, Tensor]:
+def full_state_dict(engine: Engine, keep: bool = True, plane: str | None = None) -> dict[str, Tensor]:
     """Return ``module.state_dict()`` with every master weight whole, on the CPU.
 
     Tied entries share one tensor. Buffers are copies. With several ranks, all of them must call it.
@@ -25,6 +25,7 @@ def full_state_dict(engine: Engine, keep: bool = True) -> dict[str, Tensor]:
     Args:
         engine: The model's engine.
         keep: If False, only help the other ranks to get theirs, and return an empty dict.
+        plane: Return this plane of state in the place of the masters, for parameters that have it.
 
     Raises:
         MemoryError: If the weights do not fit into the free host memory, with the numbers.
@@ -35,9 +36,10 @@ def full_state_dict(engine: Engine, keep: bool = True) -> dict[str, Tensor]:
     for unit in engine.units:
         with engine.loaded(unit):
             for buffer in unit.buffers:
+                other = None if plane is None else buffer.whole_plane(plane)
                 if not keep:
                     continue
-                flat = buffer.read_master().cpu()
+                flat = (buffer.read_master() if other is None else other).cpu()
                 for param, view in zip(buffer.params, buffer.views_of(flat), strict=True):
                     masters[id(param)] = view.to(buffer.view_dtype, copy=True)
     if not keep:
@@ -65,3 +67,30 @@ def load_full_state_dict(engine: Engine, state_dict: Mapping[str, Any], strict: 
         return engine.root.load_state_dict(state_dict, strict=strict)
     finally:
         engine.flush()
+
+
+def load_plane(engine: Engine, plane: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Fill a plane of state, for buffers that have it, from whole tensors by the names of the parameters.
+
+    Raises:
+        KeyError: If a parameter is missing.
+        ValueError: If a tensor has another shape than the parameter.
+    """
+    engine.flush()
+    for unit in engine.units:
+        for buffer in unit.buffers:
+            shard = buffer.read_plane(plane)
+            if shard is None:
+                continue
+            first, end = buffer.shard_range
+            for index, offset, low, numel in buffer.layout.overlaps(first, end):
+                name = buffer.names[index]
+                value = state_dict[name]
+                if tuple(value.shape) != buffer.layout.shapes[index]:
+                    raise ValueError(
+                        f"{name!r} has shape {tuple(value.shape)} in the checkpoint, but the parameter has shape "
+                        f"{buffer.layout.shapes[index]}"
+                    )
+                shard[low - first : low - first + numel].copy_(value.reshape(-1)[offset : offset + numel])
+            assert buffer.state is not None, buffer
+            buffer.state.write(plane, shard)

@@ -151,7 +151,7 @@ class FlatBuffer:
 
     def need_planes(self, planes: tuple[str, ...]) -> None:
         """Make sure that the buffer has these planes of optimizer state; new ones are zero."""
-        if self.state is None or not self.state.planes:
+        if self.state is None or not (self.state.planes or set(planes) <= set(self.state.planes)):
             self.state = self.context.new_state(self.shard_numel, planes, self.context.optimizer_tier)
         else:
             self.state.add_planes(planes)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -361,6 +361,13 @@ class Engine:
         if self.reducer is not None and (self.reducer.dirty or not self.reducer.early):
             self._finish_reduction("an optimizer step")
 
+    def begin_updates(self, place: str) -> None:
+        """Weights are about to be updated: wait until no rank needs the old ones any more.
+
+        Else a rank that is a little behind would gather a mixture of both.
+        """
+        self.meet(place)
+
     def sum_over_shards(self, value: float, place: str) -> float:
         """Return the sum of a float64 over the shards, one on each rank."""
         if self.context.comm is None or self.rounds is None:
@@ -404,7 +411,10 @@ class Engine:
         )
 
     def update(self, buffer: FlatBuffer, update: Update) -> None:
-        """Apply an optimizer step to a buffer, now or when its weights are next needed."""
+        """Apply an optimizer step to a buffer, now or when its weights are next needed.
+
+        To be called between ``begin_updates`` and ``stepped``, on all ranks for the same buffers.
+        """
         self.pager.update(buffer, update)
 
     def stepped(self) -> None:
@@ -420,6 +430,15 @@ class Engine:
     def flush(self) -> None:
         """Apply every pending update, take in the user's changes, and wait for every write."""
         self.pager.flush()
+
+    def broadcast(self, tensors: Sequence[Tensor], place: str) -> None:
+        """Give tensors the values that they have on rank 0; all ranks must call this."""
+        if self.context.comm is None:
+            return
+        self.meet(place)
+        with torch.no_grad():
+            for tensor in tensors:
+                self.context.comm.broadcast(tensor)
 
     def release_host(self) -> None:
         """Take in what code outside of a step did to parameters, and release them."""

@@ -104,6 +104,7 @@ class AdamRule(Rule):
         clip_value: float | None,
     ) -> Update:
         """Count the steps, and note the hyper-parameters."""
+        buffer.need_planes(MOMENTS)
         update = AdamUpdate(grad_scale=grad_scale, clip_value=clip_value)
         hypers: dict[tuple[int, int], AdamHyper] = {}
         for piece in pieces:

@@ -49,6 +49,8 @@ class OptimizerBinding:
         self.unscale = 1.0  # undoes the scaling of the loss
         self.grad_scale = 1.0
         self.clip_value: float | None = None
+        self.average: float | None = None  # weight of the old running average in the coming step
+        self.averaged = 0  # updates that it has had
         self._optimizer = weakref.ref(optimizer)
         for group in optimizer.param_groups:
             self.adopt_group(group)
@@ -76,6 +78,10 @@ class OptimizerBinding:
                     "strategy does not manage: it takes float32 and bfloat16 parameters of the LightningModule"
                 )
             found[1].need_planes(self.rule.planes(group))
+
+    def buffers(self) -> list[FlatBuffer]:
+        """Return the buffers that have parameters of this optimizer."""
+        return [buffer for buffer, _ in self._by_buffer()]
 
     def _by_buffer(self) -> Iterator[tuple[FlatBuffer, dict[int, dict[str, Any]]]]:
         """Yield each buffer with the param group of each of its parameters that this optimizer has."""
@@ -131,19 +137,23 @@ class OptimizerBinding:
 
     def step(self) -> None:
         """Take one optimizer step, now or just in time."""
-        scale, clip_value = self.grad_scale * self.unscale, self.clip_value
+        scale, clip_value, average = self.grad_scale * self.unscale, self.clip_value, self.average
         self.forget_scaling()
+        self.averaged += average is not None
         self.engine.reduce_gradients()
+        self.engine.begin_updates("an optimizer step")
         for buffer, groups in self._by_buffer():
             pieces = buffer.gradients.collect(groups, keep=not buffer.deferred)
-            if not pieces:
+            if not pieces and average is None:
                 continue
-            self.engine.update(buffer, self.rule.capture(buffer, pieces, groups, scale, clip_value))
+            update = self.rule.capture(buffer, pieces, groups, scale, clip_value)
+            update.average = average
+            self.engine.update(buffer, update)
         self.engine.stepped()
 
     def forget_scaling(self) -> None:
-        """Forget what the gradients of the coming step were to be scaled and clipped by."""
-        self.unscale, self.grad_scale, self.clip_value = 1.0, 1.0, None
+        """Forget what the gradients of the coming step were to be scaled and clipped by, and averaging."""
+        self.unscale, self.grad_scale, self.clip_value, self.average = 1.0, 1.0, None, None
 
     def zero_grad(self) -> None:
         """Forget the gradients of this optimizer's parameters."""

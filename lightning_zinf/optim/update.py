@@ -35,7 +35,8 @@ class Update(ABC):
     Attributes:
         done: Elements of the shard that have been updated already: a read that fails amid an update stops it, and it
             goes on from there when it is tried again.
-        average: Weight of the new values in a running average of the masters, or None if there is none.
+        average: Weight of the old average in the running average of the masters that this step brings up to date, or
+            None if it does not.
     """
 
     done: int = 0
@@ -53,7 +54,9 @@ class Update(ABC):
                 part = weight[record.start : record.stop]
                 self.update_record(part, record)
                 if self.average is not None and "ema" in record.planes:
-                    record.planes["ema"].lerp_(master_of(part, record.planes), self.average)
+                    # As torch.optim.swa_utils.get_ema_avg_fn rounds it.
+                    new = master_of(part, record.planes) * (1 - self.average)
+                    record.planes["ema"].mul_(self.average).add_(new)
                 self.done = record.stop
             self.finish()
 

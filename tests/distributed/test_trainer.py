@@ -86,3 +86,22 @@ def test_a_mismatch_is_named_within_the_timeout(tmp_path: Path) -> None:
     for said, _ in pool(2).run(trainers.fit_unevenly, tmp_path, trainers.Alone, "none", 1.0):
         assert "ChannelError: rank 1 did not come within 1 s" in said
         assert "rank 0 wants unit '<root>' (parameter 'head.weight', ...)" in said
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_averages_are_lightnings(setting: str, tmp_path: Path) -> None:
+    """With two ranks the mean of gradients is exact, so DDP's weights and averages have the same bits as ours."""
+    theirs = pool(2).run(trainers.average, tmp_path, "ddp", True)
+    ours = pool(2).run(trainers.average, tmp_path, SETTINGS[setting], False)
+    for found in ours:
+        for weights, expected in zip(found[:2], theirs[0][:2], strict=True):
+            for name, value in expected.items():
+                assert torch.equal(weights[name], value), name
+        assert found[2] == ours[0][2]
+    # Rank 1 of DDP has its own running statistics in its average; ours are rank 0's everywhere.
+    assert ours[0][2] == pytest.approx(theirs[0][2], rel=0.5)
+
+
+@pytest.mark.parametrize("offload", ["none", "nvme"])
+def test_what_rank_0_writes(offload: str, tmp_path: Path) -> None:
+    assert pool(2).run(trainers.write_on_rank_0, tmp_path, offload) == [[0.0, 1.0, 2.0, 3.0]] * 2

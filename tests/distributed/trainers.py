@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning_cases import WIDTH, Net, loader, net, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -120,3 +121,51 @@ class Alone(Net):
             self.head.weight.detach().sum()
         else:
             time.sleep(3)
+
+
+class Averages(Net):
+    """Keeps the weights that validation saw; SGD has the same bits as torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(1)
+        self.seen: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        time.sleep(0.05 * self.global_rank)  # rank 0 is through long before rank 1
+        super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self.seen = lightning_zinf.full_state_dict(self)
+
+
+def average(
+    rank: int, size: int, folder: Path, strategy: Any, theirs: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Train with an average; return the weights that validation saw, those at the end, and the validation loss."""
+    callback = EMAWeightAveraging(decay=0.8) if theirs else lightning_zinf.ZinfEMA(0.8)
+    kind = lightning_zinf.ZinfStrategy(**strategy) if isinstance(strategy, dict) else strategy
+    model = net(Averages)
+    running = build(size, kind, folder, max_epochs=2, callbacks=[callback], num_sanity_val_steps=0)
+    running.fit(model, loader(12), loader(4, seed=1))
+    return model.seen, lightning_zinf.full_state_dict(model), float(running.callback_metrics["val_loss"])
+
+
+def write_on_rank_0(rank: int, size: int, folder: Path, offload: str) -> list[float]:
+    def strategy() -> Any:
+        return lightning_zinf.ZinfStrategy(offload_params=offload, offload_optimizer=offload)  # type: ignore[arg-type]
+
+    model = net()
+    build(size, strategy(), folder).fit(model, loader(4))
+    with lightning_zinf.gathered(model.blocks, write=True), torch.no_grad():
+        if rank == 0:
+            for number, parameter in enumerate(model.blocks.parameters()):
+                parameter.fill_(number)
+    build(size, strategy(), folder).validate(model, loader(4), verbose=False)
+    return [float(p.detach().mean()) for p in model.blocks.parameters()]

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelSummary, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.utilities.model_summary import summarize
 from lightning_cases import PLACES, Net, assert_close, assert_same, block, loader, net, trainer, weights, zinf
 from torch import Tensor, nn
@@ -292,13 +292,6 @@ def test_model_summary_counts_what_is_offloaded(tmp_path: Path) -> None:
 
     trainer(tmp_path, "nvme", callbacks=[Count()]).fit(net(), loader())
     assert counted == [sum(p.numel() for p in net().parameters())] * 2
-
-
-@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"])
-def test_callbacks_that_copy_the_model_are_refused(tmp_path: Path, name: str) -> None:
-    callback = StochasticWeightAveraging(1e-2) if name.startswith("Sto") else getattr(pl.callbacks, name)()
-    with pytest.raises(ValueError, match=f"does not support {name}"):
-        trainer(tmp_path, "zinf", callbacks=[callback]).fit(net(), loader())
 
 
 def test_unfreezing_in_the_middle(tmp_path: Path) -> None:
