@@ -204,6 +204,8 @@ class FlatBuffer:
         """Finish bringing the shard: wait for reads, apply pending updates, copy to the accelerator."""
         self.weights.arrive()
         updated = bool(self.pending)
+        if updated:  # a gathering under way would put the old shard back when it ends
+            self.weights.finish()
         while self.pending:
             assert self.state is not None, self
             try:

@@ -100,6 +100,8 @@ class Pager:
                 self._agree(self.rounds, units, whole)
             for unit in units:
                 if unit.state is UnitState.RESIDENT:
+                    for buffer in unit.buffers if self.rounds is not None else ():
+                        buffer.weights.finish()
                     if unit in self.held:
                         self.held.pop(unit)
                         self.held[unit] = None

@@ -141,7 +141,7 @@ class Averages(Net):
         time.sleep(0.05 * self.global_rank)  # rank 0 is through long before rank 1
         super().validation_step(batch, batch_idx)
 
-    def on_validation_epoch_end(self) -> None:
+    def on_validation_batch_end(self, *args: Any) -> None:
         self.seen = lightning_zinf.full_state_dict(self)
 
 
