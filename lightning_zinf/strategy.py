@@ -28,6 +28,7 @@ from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig
 from lightning_zinf.engine.construction import paged_construction
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import default_nvme_path, describe, engine_of, forget, partition
+from lightning_zinf.loaders import EvenLoader, needs_agreement
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
 
@@ -237,6 +238,21 @@ class ZinfStrategyBody(_Base):
                 _compat.keep_samplers(trainer)
         super().setup_environment()
 
+    def process_dataloader(self, dataloader: object) -> object:
+        """Have training loaders without a length end on all ranks at once."""
+        loader: object = super().process_dataloader(dataloader)
+        assert self.lightning_module is not None
+        if self._alone or not self.lightning_module.trainer.training or not needs_agreement(loader):
+            return loader
+        return EvenLoader(loader, self._agree)
+
+    def _agree(self, mine: bool) -> bool:
+        """Whether all ranks say yes."""
+        rounds = self.engine.rounds
+        return (
+            mine if rounds is None else all(map(bool, map(ord, rounds.meet("the next training batch", b"%c" % mine))))
+        )
+
     def _ranks(self) -> Ranks | None:
         if self._alone:
             return None
@@ -334,7 +350,7 @@ class ZinfStrategyBody(_Base):
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:  # type: ignore[override,unused-ignore]
         """Page parameters as ``configure_model`` makes them."""
-        with paged_construction(self._partition_config()):
+        with paged_construction(self._partition_config(), 1 if self._alone else self.num_processes):
             yield
 
     def setup(self, trainer: "Trainer") -> None:

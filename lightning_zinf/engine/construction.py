@@ -140,29 +140,37 @@ class ConstructionPager:
             self.context.close()
 
 
-def construction_budget(config: PartitionConfig) -> int | None:
-    """Return how many bytes of parameters may stay in memory while a model is built, or None for all of them."""
+def construction_budget(config: PartitionConfig, ranks: int = 1) -> int | None:
+    """Return how many bytes of parameters may stay in memory while a model is built, or None for all of them.
+
+    Args:
+        config: How the model will be partitioned.
+        ranks: Number of processes on this host that build it at the same time.
+    """
     if config.offload_params == "nvme":
         asked = config.memory.host_bytes
-        return min(DEFAULT_BUDGET, free_host_bytes() // 8) if asked is None else max(asked // 2, SMALLEST_PAGE)
-    if config.offload_params == "auto":
-        return int(COMFORT * free_host_bytes())
+        return (
+            min(DEFAULT_BUDGET, free_host_bytes() // (8 * ranks)) if asked is None else max(asked // 2, SMALLEST_PAGE)
+        )
+    if config.offload_params == "auto" or (ranks > 1 and config.stage == 3):
+        return int(COMFORT * free_host_bytes()) // ranks
     return None
 
 
 @contextmanager
-def paged_construction(config: PartitionConfig) -> Iterator[ConstructionPager | None]:
+def paged_construction(config: PartitionConfig, ranks: int = 1) -> Iterator[ConstructionPager | None]:
     """Build modules inside; parameters beyond the budget go to files in ``config.nvme_path``.
 
     Nothing is written there before the budget is exceeded.
 
     Args:
         config: How the model will be partitioned.
+        ranks: Number of processes on this host that build it at the same time.
 
     Yields:
         The pager, or None if all parameters stay in memory.
     """
-    budget = construction_budget(config)
+    budget = construction_budget(config, ranks)
     if budget is None:
         yield None
         return

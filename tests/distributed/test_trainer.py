@@ -105,3 +105,13 @@ def test_averages_are_lightnings(setting: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("offload", ["none", "nvme"])
 def test_what_rank_0_writes(offload: str, tmp_path: Path) -> None:
     assert pool(2).run(trainers.write_on_rank_0, tmp_path, offload) == [[0.0, 1.0, 2.0, 3.0]] * 2
+
+
+def test_training_data_of_uneven_length(tmp_path: Path) -> None:
+    """Every epoch ends for all when it ends for the first, and what was trained on is what all had."""
+    uneven = pool(2).run(trainers.fit_streams, tmp_path, (10, 6))
+    even = pool(2).run(trainers.fit_streams, tmp_path, (6, 6))
+    assert uneven[0][0] == uneven[1][0] == even[0][0] == 6
+    for name, value in even[0][1].items():
+        assert torch.equal(uneven[0][1][name], value)
+        assert torch.equal(uneven[1][1][name], value)

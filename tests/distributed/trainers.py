@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning_cases import WIDTH, Net, loader, net, trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_zinf
 
@@ -169,3 +170,23 @@ def write_on_rank_0(rank: int, size: int, folder: Path, offload: str) -> list[fl
                 parameter.fill_(number)
     build(size, strategy(), folder).validate(model, loader(4), verbose=False)
     return [float(p.detach().mean()) for p in model.blocks.parameters()]
+
+
+class Stream(IterableDataset[Tensor]):
+    """Has more on rank 1 than on rank 0."""
+
+    def __init__(self, counts: tuple[int, ...]) -> None:
+        self.counts = counts
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rank = torch.distributed.get_rank()
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(self.counts[rank]):
+            yield torch.randn(WIDTH, generator=generator)
+
+
+def fit_streams(rank: int, size: int, folder: Path, counts: tuple[int, ...]) -> tuple[int, Any]:
+    model = net()
+    running = build(size, "zinf", folder, max_epochs=2)
+    running.fit(model, DataLoader(Stream(counts), batch_size=2), loader(4))
+    return running.global_step, lightning_zinf.full_state_dict(model)
