@@ -249,9 +249,8 @@ class ZinfStrategyBody(_Base):
     def _agree(self, mine: bool) -> bool:
         """Whether all ranks say yes."""
         rounds = self.engine.rounds
-        return (
-            mine if rounds is None else all(map(bool, map(ord, rounds.meet("the next training batch", b"%c" % mine))))
-        )
+        assert rounds is not None, "one rank needs no agreement"
+        return all(answer == b"yes" for answer in rounds.meet("the next training batch", b"yes" if mine else b"no"))
 
     def _ranks(self) -> Ranks | None:
         if self._alone:
