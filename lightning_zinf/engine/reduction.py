@@ -53,6 +53,7 @@ class ShardedGradients:
         self._shard: Tensor | None = None
         self._have: set[int] = set()
         self._hidden: dict[int, Tensor] = {}
+        self._guarded: set[int] = set()
         self._under_way: list[tuple[Reduction, set[int]]] = []
 
     # ------------------------------------------------------------------ this rank's own
@@ -70,14 +71,27 @@ class ShardedGradients:
                 self._hidden[index] = grad
             if grad is not None or index in self._have or index in self._sums:
                 param.grad = guard(param)
+                self._guarded.add(index)
 
     def show(self) -> None:
         """Take the guards away again."""
-        for index, param in enumerate(self._buffer.params):
-            if isinstance(param.grad, ShardedGradient):
-                param.grad = None  # first: the dtype may be another by now
-                if index in self._hidden:
-                    param.grad = self._hidden.pop(index)
+        self._forget_what_the_user_dropped()
+        for index in self._guarded:
+            param = self._buffer.params[index]
+            param.grad = None  # first: the dtype may be another by now
+            if index in self._hidden:
+                param.grad = self._hidden.pop(index)
+        self._guarded.clear()
+
+    def _forget_what_the_user_dropped(self) -> None:
+        """A guard that is gone means that ``module.zero_grad()`` or ``p.grad = None`` was meant for the gradient."""
+        dropped = {i for i in self._guarded if not isinstance(self._buffer.params[i].grad, ShardedGradient)}
+        if dropped:
+            self._guarded -= dropped
+            for index in dropped:
+                self._sums.pop(index, None)
+                self._hidden.pop(index, None)
+            self._forget(dropped, zero=True)
 
     def before_backward(self) -> None:
         """Stage 1: move what the last backward left to float32 sums."""
@@ -165,6 +179,7 @@ class ShardedGradients:
 
         Parameters that lie in other ranks' shards come with an empty piece.
         """
+        self._forget_what_the_user_dropped()
         if self._shard is None:
             return []
         wanted = [i for i in indices if i in self._have]
@@ -179,6 +194,7 @@ class ShardedGradients:
         if not keep:
             for index in indices:
                 self._buffer.params[index].grad = None
+            self._guarded.difference_update(indices)
             self._forget(indices, zero=False)
         return pieces
 
@@ -188,6 +204,7 @@ class ShardedGradients:
             self._sums.pop(index, None)
             self._hidden.pop(index, None)
             self._buffer.params[index].grad = None
+        self._guarded.difference_update(indices)
         self._forget(indices, zero=True)
 
     def _forget(self, indices: Collection[int], *, zero: bool) -> None:
