@@ -514,6 +514,7 @@ class ZinfStrategyBody(_Base):
         engine = self._engine
         if engine is not None:
             engine.flush()
+            engine.end_run()
             if self.debug:
                 counted = "\n".join(f"  {name:<22}  {value:,.6g}" for name, value in engine.counters.snapshot().items())
                 rank_zero_info(f"zinf counters:\n{counted}")

@@ -131,6 +131,7 @@ class Engine:
         if context.comm is not None:
             self.rounds = self.pager.rounds = Rounds(context.comm.ranks.channel, self.pager.collect)
             self.reducer = Reducer(units, context, self.rounds, reduce_bytes)
+        self._running = True
         self._needs: dict[nn.Module, list[Unit]] = {}
         self.placement: Placement
         self.config: PartitionConfig
@@ -264,15 +265,16 @@ class Engine:
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def _on_grad(self, unit: Unit, key: tuple[int, int]) -> None:
         self._queue_callback()
-        if self.reducer is not None:
-            self.reducer.dirty = True
+        reducer = self.reducer if self._running else None
+        if reducer is not None:
+            reducer.dirty = True
         if not self.context.aliased:
             unit.buffers[key[0]].gradients.take(key[1])
         unit.fired.add(key)
         if unit.fired >= unit.expected():
             unit.fired.clear()
-            if self.reducer is not None:
-                self.reducer.complete(unit)
+            if reducer is not None:
+                reducer.complete(unit)
             if unit.index not in self._live():
                 self.pager.release(unit)
 
@@ -383,6 +385,7 @@ class Engine:
             return False
         comm.ranks = ranks
         self.rounds.channel = ranks.channel
+        self._running = True
         return True
 
     def meet(self, place: str) -> None:
@@ -439,6 +442,18 @@ class Engine:
         with torch.no_grad():
             for tensor in tensors:
                 self.context.comm.broadcast(tensor)
+
+    def end_run(self) -> None:
+        """With several ranks, leave gradients alone until :meth:`join`, and drop those that there are.
+
+        Whoever uses the module after a run has gradients of his own: another strategy, or a backward on one rank. And
+        the guards of ours would raise in ``module.to(...)``; the next run starts without gradients anyway.
+        """
+        self._running = False
+        if self.reducer is not None:
+            for unit in self.units:
+                for buffer in unit.buffers:
+                    buffer.gradients.clear(range(len(buffer.params)))
 
     def release_host(self) -> None:
         """Take in what code outside of a step did to parameters, and release them."""
