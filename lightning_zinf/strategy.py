@@ -360,10 +360,10 @@ class ZinfStrategyBody(_Base):
         ops.set_num_threads(torch.get_num_threads())
         self._failed = False
         self.model = self.precision_plugin.convert_module(self.lightning_module)
-        if self._layer_sync and not self._alone:  # one process has no other to synchronise BatchNorm with
+        fitting = trainer.state.fn == "fit"
+        if fitting and self._layer_sync and not self._alone:  # one process has no other to synchronise BatchNorm with
             self.model = self._layer_sync.apply(self.model)
         self.model_to_device()
-        fitting = trainer.state.fn == "fit"
         if fitting:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
@@ -518,8 +518,11 @@ class ZinfStrategyBody(_Base):
             if self.debug:
                 counted = "\n".join(f"  {name:<22}  {value:,.6g}" for name, value in engine.counters.snapshot().items())
                 rank_zero_info(f"zinf counters:\n{counted}")
+            assert self.lightning_module is not None
+            if self._layer_sync and not self._alone and self.lightning_module.trainer.state.fn == "fit":
+                # As DDP does: after fit the module has to work without other ranks.
+                self.model = self._layer_sync.revert(self.lightning_module)
             if self._start_method != "popen" and not self._alone and not self._failed:
-                assert self.lightning_module is not None
                 forget(self.lightning_module)  # the launcher takes the whole state dict to the main process
         assert self.cluster_environment is not None
         assert self.accelerator is not None
