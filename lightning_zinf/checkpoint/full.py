@@ -66,7 +66,7 @@ def load_full_state_dict(engine: Engine, state_dict: Mapping[str, Any], strict: 
     try:
         return engine.root.load_state_dict(state_dict, strict=strict)
     finally:
-        engine.flush()
+        engine.replaced()
 
 
 def load_plane(engine: Engine, plane: str, state_dict: Mapping[str, Tensor]) -> None:

@@ -443,6 +443,18 @@ class Engine:
             for tensor in tensors:
                 self.context.comm.broadcast(tensor)
 
+    def replaced(self) -> None:
+        """Take in weights that code outside of a step has replaced; with several ranks, the same on all of them.
+
+        A rank that is ahead serves others while they are still at it, and what it gathers then is in part what was
+        there before. So gathered weights count for nothing once all ranks are done.
+        """
+        self.flush()
+        if self.rounds is not None:
+            self.rounds.meet("the end of loading weights")
+            self.pager.forget_gathered()
+            self.context.changes = 0  # they may have been taken in by parts, which ranks cut differently
+
     def end_run(self) -> None:
         """With several ranks, leave gradients alone until :meth:`join`, and drop those that there are.
 

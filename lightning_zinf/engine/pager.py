@@ -378,6 +378,14 @@ class Pager:
         self.has_pending = False
         self.context.drain()
 
+    def forget_gathered(self) -> None:
+        """Have weights that slots still hold gathered again before they are used."""
+        for unit in self.units:
+            if not unit.persistent:
+                self.release(unit)
+                for buffer in unit.buffers:
+                    buffer.weights.whole = False
+
 
 def _described(units: list[Unit]) -> str:
     """Name units and their first parameters, for messages."""
