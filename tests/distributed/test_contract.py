@@ -208,10 +208,9 @@ def test_every_entry_point_in_a_row_as_ddp(setting: str, tmp_path: Path) -> None
     [
         [NVME, NVME, SETTINGS["stage-2"], SETTINGS["stage-1"]],
         [SETTINGS["stage-2"], "ddp", SETTINGS["stage-2"], "ddp"],
-        [NVME, "ddp", "ddp", NVME],
         ["ddp", SETTINGS["stage-1"], "ddp", SETTINGS["stage-3"]],
     ],
-    ids=["ours", "stage-2-and-ddp", "nvme-and-ddp", "ddp-first"],
+    ids=["ours", "stage-2-and-ddp", "ddp-first"],
 )
 def test_several_trainers_on_one_module_as_ddp(strategies: list[Any], tmp_path: Path) -> None:
     """The same options go on with the engine that is there; others, and other strategies, take the weights over."""
