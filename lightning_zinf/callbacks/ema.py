@@ -10,6 +10,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict, load_plane
+from lightning_zinf.checkpoint.load import load_planes
+from lightning_zinf.checkpoint.source import ShardedStateDict
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.optim.average import PLANE, Average, Swap
@@ -197,16 +199,24 @@ class ZinfEMABody(_Base):
         """Save the average as ``state_dict`` and the weights as ``current_model_state``."""
         if self._engine is None or not self._averaged:
             return
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._averaged)}
+        assert isinstance(trainer.strategy, ZinfStrategyBody)
+        if trainer.strategy.saves_shards:  # which have the plane
+            checkpoint["averaging_buffers"] = {name: buffer.cpu() for name, buffer in self._buffers.items()}
+            checkpoint["averaging_swapped"] = self._swapped
+            return
         averages = full_state_dict(self._engine, keep=trainer.is_global_zero, plane=PLANE)
         if trainer.is_global_zero:
             averages.update({name: buffer.cpu() for name, buffer in self._buffers.items() if name in averages})
         pairs = (averages, checkpoint["state_dict"])
         checkpoint["state_dict"], checkpoint["current_model_state"] = reversed(pairs) if self._swapped else pairs
-        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._averaged)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take weights and average from a checkpoint."""
         if self._engine is None:
+            return
+        if "averaging_buffers" in checkpoint and isinstance(checkpoint["state_dict"], ShardedStateDict):
+            self._load_shards(checkpoint)
             return
         if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
             rank_zero_info("The checkpoint has no average of the weights: ZinfEMA begins a new one.")
@@ -218,3 +228,12 @@ class ZinfEMABody(_Base):
             self._add_planes(binding)
             binding.averaged = int(checkpoint["averaging_state"]["n_averaged"])
         load_plane(self._engine, PLANE, checkpoint["state_dict"])
+
+    def _load_shards(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self._engine is not None
+        self._buffers = {name: value.clone() for name, value in checkpoint["averaging_buffers"].items()}
+        for binding in self._bindings:
+            self._add_planes(binding)
+            binding.averaged = int(checkpoint["averaging_state"]["n_averaged"])
+        load_planes(self._engine, checkpoint["state_dict"].source, (PLANE,))
+        self._swapped = bool(checkpoint["averaging_swapped"])

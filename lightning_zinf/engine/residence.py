@@ -16,13 +16,17 @@ Two classes, one for each kind of machine:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lightning_zinf.memory.nvme import Extent
 from lightning_zinf.memory.slots import Slot, Ticket
+from lightning_zinf.memory.state import ahead
 from lightning_zinf.monitor.counters import Counters
+from lightning_zinf.ops import host_empty
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -60,6 +64,29 @@ class _Weights:
         """Return this rank's shard of :meth:`flat`."""
         start, stop = self._buffer.shard_range
         return self.flat()[start:stop]
+
+    def resting(self) -> Tensor | None:
+        """Return the shard where it rests in memory, or None if it rests on NVMe."""
+        raise NotImplementedError
+
+    def shard_chunks(self, numel: int) -> Iterator[Tensor]:
+        """Yield this rank's shard in pieces of at most ``numel`` elements, in host memory.
+
+        Updates must have been applied and writes be done. ``numel`` is a multiple of 4096.
+        """
+        self.finish()
+        shard, dtype, end = self.resting(), self._buffer.compute_dtype, self._buffer.shard_numel
+        if shard is not None:
+            yield from (shard[start : start + numel].cpu() for start in range(0, end, numel))
+            return
+        assert self.extent is not None, self._buffer
+        nvme, extent = self._context.nvme, self.extent
+
+        def read(start: int) -> tuple[Tensor, Ticket]:
+            memory = host_empty(min(numel, end - start) * dtype.itemsize).view(dtype)
+            return memory, nvme.read(extent, memory, start * dtype.itemsize)
+
+        yield from ahead([functools.partial(read, start) for start in range(0, end, numel)])
 
     def gather(self) -> None:
         """Start to fill the slot from the shards of all ranks, which must all do so."""
@@ -107,6 +134,10 @@ class AliasedWeights(_Weights):
     ) -> None:
         assert sum(place is not None for place in (slot, extent, home)) == 1
         super().__init__(buffer, slot, extent, home)
+
+    def resting(self) -> Tensor | None:
+        """Return the shard where it rests in memory, or None if it rests on NVMe."""
+        return None if self.extent is not None else self.host()
 
     @property
     def host_bytes(self) -> int:
@@ -192,6 +223,12 @@ class DeviceWeights(_Weights):
     def host_bytes(self) -> int:
         """Bytes of host memory that are taken for good."""
         return 0 if self._host_plane is None else self._host_plane.nbytes
+
+    def resting(self) -> Tensor | None:
+        """Return the shard where it rests in memory, or None if it rests on NVMe."""
+        if self._host_plane is not None:
+            return self._host_plane
+        return None if self.extent is not None else self._target()
 
     def _target(self) -> Tensor:
         """Return where the shard is on the device."""

@@ -38,12 +38,26 @@ def optimizer_state_dict(binding: OptimizerBinding) -> dict[str, Any]:
         with engine.loaded(unit):
             for buffer in wanted:
                 _collect(binding, buffer, number, state)
-    groups = []
-    for group in binding.optimizer.param_groups:
-        packed = {k: v for k, v in group.items() if k != "params"}
-        packed["params"] = [number[id(p)] for p in group["params"]]
-        groups.append(packed)
-    return {"state": dict(sorted(state.items())), "param_groups": groups}
+    return {"state": dict(sorted(state.items())), "param_groups": _packed_groups(binding.optimizer, number)}
+
+
+def optimizer_rest(binding: OptimizerBinding) -> dict[str, Any]:
+    """Return an optimizer's state in torch.optim's layout without the tensors of a parameter's shape."""
+    params = owned_params(binding.optimizer)
+    number = {id(p): i for i, p in enumerate(params)}
+    state = {
+        number[id(buffer.params[j])]: rest
+        for buffer in binding.buffers()
+        for j, (rest, _) in _entries(binding, buffer, number).items()
+    }
+    return {"state": dict(sorted(state.items())), "param_groups": _packed_groups(binding.optimizer, number)}
+
+
+def _packed_groups(optimizer: torch.optim.Optimizer, number: Mapping[int, int]) -> list[dict[str, Any]]:
+    return [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": [number[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
 
 
 def _collect(binding: OptimizerBinding, buffer: FlatBuffer, number: dict[int, int], state: dict[int, Any]) -> None:

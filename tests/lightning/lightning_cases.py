@@ -18,7 +18,7 @@ WIDTH = 130
 PLACES: dict[str, dict[str, Any]] = {
     "device": {"offload_params": "none", "offload_optimizer": "none"},
     "host": {"offload_params": "none", "offload_optimizer": "cpu"},
-    "nvme": {"offload_params": "nvme", "offload_optimizer": "nvme"},
+    "nvme": {"offload_params": "nvme", "offload_optimizer": "nvme", "state_dict_type": "full"},
 }
 """One setting of the options for each code path that a CPU has."""
 

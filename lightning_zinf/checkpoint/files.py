@@ -1,0 +1,338 @@
+"""Reading and writing the files of a checkpoint, local or remote, with checksums.
+
+safetensors is a length of 8 bytes, a JSON header and the data. Headers are padded with spaces so that data starts at a
+multiple of 4096, which the format allows; the stock library reads these files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import torch
+from torch import Tensor
+
+from lightning_zinf.checkpoint.manifest import BLOCK_BYTES, CheckpointError, FileInfo
+
+ALIGNMENT = 4096
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_HEADER = 100 * 2**20
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type,unused-ignore]
+
+
+class Folder:
+    """A folder on any file system that fsspec knows.
+
+    Args:
+        path: A local path or a URL such as ``s3://bucket/run/step.ckpt``.
+        storage_options: Options for the file system.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        self.url = os.fspath(path).rstrip("/")
+        self.fs, self.path = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
+        self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    def at(self, name: str) -> str:
+        """Return the path of a file."""
+        return f"{self.path}/{name}"
+
+    def put_aside(self, token: str) -> str:
+        """Rename a file that has the folder's name, if there is one, and return its new path, or ""."""
+        if not self.local or not os.path.isfile(self.path):
+            return ""
+        aside = f"{self.path}.replaced-{token}"
+        os.rename(self.path, aside)
+        return aside
+
+    def put_back(self, aside: str) -> None:
+        """Undo :meth:`put_aside`; the folder must be empty."""
+        os.rmdir(self.path)
+        os.rename(aside, self.path)
+
+    def make(self) -> None:
+        """Make the folder."""
+        self.fs.makedirs(self.path, exist_ok=True)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return bool(self.fs.exists(self.at(name)))
+
+    def names(self) -> list[str]:
+        """Return the names of all files."""
+        return [str(entry).rsplit("/", 1)[-1] for entry in self.fs.ls(self.path, detail=False)]
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        return bytes(self.fs.cat_file(self.at(name)))
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Write a file so that at every instant there is the old one or the new one."""
+        if not self.local:
+            self.fs.pipe_file(self.at(name), content)  # object stores show an object when it is complete
+            return
+        temporary = f"{self.at(name)}.new"
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.at(name))
+        self.sync()
+
+    def sync(self) -> None:
+        """Have the names of new files on disk."""
+        if self.local:
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files that may be there."""
+        for name in names:
+            if self.exists(name):
+                self.fs.rm_file(self.at(name))
+
+
+class Writer:
+    """Writes a file from its beginning, with a checksum for each block.
+
+    Args:
+        folder: Where.
+        name: Its name.
+    """
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._name = name
+        self._folder = folder
+        self._file: BinaryIO = open(folder.at(name), "wb") if folder.local else folder.fs.open(folder.at(name), "wb")  # noqa: SIM115
+        self._nbytes = 0
+        self._crcs: list[int] = []
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append bytes."""
+        view = memoryview(content)
+        while view:
+            into = self._nbytes % BLOCK_BYTES
+            part = view[: BLOCK_BYTES - into]
+            if into == 0:
+                self._crcs.append(0)
+            self._crcs[-1] = zlib.crc32(part, self._crcs[-1])
+            self._file.write(part)
+            self._nbytes += len(part)
+            view = view[len(part) :]
+
+    def finish(self) -> FileInfo:
+        """Have everything on disk."""
+        if self._folder.local:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        return FileInfo(self._name, self._nbytes, tuple(self._crcs))
+
+    def abandon(self) -> None:
+        """Close and remove the file, whatever state it is in."""
+        with contextlib.suppress(OSError):  # a full disk says so again
+            self._file.close()
+        self._folder.remove([self._name])
+
+
+def header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
+    """Return the beginning of a safetensors file for tensors that follow in this order.
+
+    Args:
+        tensors: ``(dtype, shape)`` by name.
+    """
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = DTYPES[dtype].itemsize
+        for size in shape:
+            nbytes *= size
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+class Reader:
+    """Reads tensors, or parts of them, of a safetensors file.
+
+    Args:
+        folder: Where.
+        info: The file, as the manifest has it.
+
+    Raises:
+        CheckpointError: If the file is missing, has another size, or its header does not make sense.
+    """
+
+    def __init__(self, folder: Folder, info: FileInfo) -> None:
+        self.where = f"{folder.url}/{info.path}"
+        self._info = info
+        try:
+            self._file: Any = (
+                open(folder.at(info.path), "rb", buffering=0)  # noqa: SIM115
+                if folder.local
+                else folder.fs.open(folder.at(info.path), "rb")
+            )
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.where} is missing: the checkpoint is not complete") from None
+        try:
+            size = self._file.seek(0, os.SEEK_END)
+            if size != info.nbytes:
+                raise CheckpointError(f"{self.where} has {size} bytes instead of {info.nbytes}: it was cut off")
+            self.tensors, self._start = self._read_header(size)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self, size: int) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], int]:
+        try:
+            (length,) = struct.unpack("<Q", self._bytes(0, 8))
+            if length > min(size - 8, _LARGEST_HEADER):
+                raise ValueError(f"a header of {length} bytes")
+            found: dict[str, tuple[str, tuple[int, ...], int]] = {}
+            for name, entry in json.loads(self._bytes(8, length)).items():
+                if name == "__metadata__":
+                    continue
+                shape, (low, high) = tuple(entry["shape"]), entry["data_offsets"]
+                nbytes = DTYPES[entry["dtype"]].itemsize
+                for extent in shape:
+                    if not isinstance(extent, int) or extent < 0:
+                        raise ValueError(f"shape {shape} of {name!r}")
+                    nbytes *= extent
+                if not 0 <= low <= high <= size - 8 - length or high - low != nbytes:
+                    raise ValueError(f"offsets {low} and {high} of {name!r}")
+                found[name] = (entry["dtype"], shape, low)
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+            raise CheckpointError(f"{self.where} has a damaged header: {type(error).__name__}: {error}") from None
+        return found, 8 + length
+
+    def _bytes(self, offset: int, count: int) -> bytearray:
+        content = bytearray(count)
+        self._fill(offset, memoryview(content))
+        return content
+
+    def _fill(self, offset: int, view: memoryview) -> None:
+        self._file.seek(offset)
+        while view:
+            count = self._file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{self.where} ends at byte {offset}, before its time")
+            offset += count
+            view = view[count:]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the elements ``[start, stop)`` of a tensor, flat.
+
+        Raises:
+            CheckpointError: If the tensor is not there or too short.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.where} has no tensor {name!r}, which the manifest promises")
+        dtype, shape, low = self.tensors[name]
+        numel = 1
+        for extent in shape:
+            numel *= extent
+        stop = numel if stop is None else stop
+        if not 0 <= start <= stop <= numel:
+            raise CheckpointError(f"{self.where}: tensor {name!r} has {numel} elements, but {stop} are needed")
+        found = torch.empty(stop - start, dtype=DTYPES[dtype])
+        if found.numel():
+            self._fill(self._start + low + start * found.element_size(), raw_bytes(found))
+        return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self.tensors[name][1]
+
+    def verify(self) -> None:
+        """Compare every block with its checksum.
+
+        Raises:
+            CheckpointError: With the block that is damaged.
+        """
+        content = bytearray(min(BLOCK_BYTES, self._info.nbytes))
+        for number, expected in enumerate(self._info.crc32):
+            view = memoryview(content)[: min(BLOCK_BYTES, self._info.nbytes - number * BLOCK_BYTES)]
+            self._fill(number * BLOCK_BYTES, view)
+            if zlib.crc32(view) != expected:
+                raise CheckpointError(_damaged(self.where, number))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _damaged(where: str, block: int) -> str:
+    return (
+        f"{where} is damaged: block {block} (bytes {block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES - 1}) does not "
+        "have the checksum that the manifest has"
+    )
+
+
+def verified(folder: Folder, info: FileInfo) -> bytes:
+    """Return a whole file that has its checksums.
+
+    Raises:
+        CheckpointError: If it is missing or damaged.
+    """
+    where = f"{folder.url}/{info.path}"
+    try:
+        content = folder.read(info.path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{where} is missing: the checkpoint is not complete") from None
+    if len(content) != info.nbytes:
+        raise CheckpointError(f"{where} has {len(content)} bytes instead of {info.nbytes}: it was cut off")
+    for number, expected in enumerate(info.crc32):
+        if zlib.crc32(memoryview(content)[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]) != expected:
+            raise CheckpointError(_damaged(where, number))
+    return content
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is on this machine's file systems."""
+    return "://" not in os.fspath(path) or os.fspath(path).startswith("file://")
+
+
+def write_safetensors(folder: Folder, name: str, tensors: Mapping[str, Tensor]) -> FileInfo:
+    """Write whole tensors."""
+    writer = Writer(folder, name)
+    try:
+        writer.write(header({n: (NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}))
+        for tensor in tensors.values():
+            writer.write(raw_bytes(tensor.detach().cpu().contiguous()))
+        return writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return a local path of a path or ``file://`` URL."""
+    return Path(os.fspath(path).removeprefix("file://"))

@@ -1,0 +1,194 @@
+"""Reading a sharded checkpoint: any range of any plane, whole parameters, and the rest.
+
+Nothing here needs a process group: a rank that loads its shard and the offline tools read alike.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_zinf.checkpoint.files import DTYPES, Folder, Reader, verified
+from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Param
+from lightning_zinf.optim.update import master_of
+
+
+def is_sharded(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> bool:
+    """Whether a path is the folder of a sharded checkpoint, complete or not."""
+    folder = Folder(path, storage_options)
+    return bool(folder.fs.isdir(folder.path))
+
+
+class Checkpoint:
+    """A sharded checkpoint that is open for reading.
+
+    Args:
+        path: Its folder, local or remote.
+        storage_options: Options for the file system.
+
+    Raises:
+        CheckpointError: If it is not complete, or damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        self.folder = Folder(path, storage_options)
+        self.url = self.folder.url
+        try:
+            text = self.folder.read(MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(
+                f"{self.url} has no {MANIFEST}: it is no sharded checkpoint, or one whose saving did not end"
+            ) from None
+        self.manifest = Manifest.from_json(text, f"{self.url}/{MANIFEST}")
+        self.infos = {info.path: info for info in self.manifest.files}
+        self.locations = self.manifest.locations()
+        self._readers: dict[str, Reader] = {}
+
+    def __enter__(self) -> Checkpoint:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the files."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def reader(self, name: str) -> Reader:
+        """Return an open file."""
+        if name not in self._readers:
+            self._readers[name] = Reader(self.folder, self.infos[name])
+        return self._readers[name]
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Compare files with their checksums.
+
+        Raises:
+            CheckpointError: With the first block that is damaged.
+        """
+        for name in names:
+            if name == self.manifest.trainer:
+                verified(self.folder, self.infos[name])
+            else:
+                self.reader(name).verify()
+
+    # ------------------------------------------------------------------ ranges of planes
+
+    def pieces(self, buffer: Buffer, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """Yield ``(file, first element in its shard, end)`` for the elements ``[start, stop)`` of a buffer."""
+        shard = buffer.numel // len(self.manifest.shards)
+        while start < stop:
+            number, inside = divmod(start, shard)
+            end = min(shard, inside + stop - start)
+            yield self.manifest.shards[number], inside, end
+            start += end - inside
+
+    def plane(self, buffer: Buffer, plane: str, start: int, stop: int) -> Tensor:
+        """Return the elements ``[start, stop)`` of a plane."""
+        parts = []
+        for name, low, high in self.pieces(buffer, start, stop):
+            part = self.reader(name).read(f"{buffer.name}/{plane}", low, high)
+            if part.dtype != DTYPES[buffer.planes[plane]]:
+                raise CheckpointError(
+                    f"{self.url}/{name}: plane {plane!r} of {buffer.name!r} is {part.dtype}, and the manifest has "
+                    f"{buffer.planes[plane]}"
+                )
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+    def master(self, buffer: Buffer, start: int, stop: int) -> Tensor:
+        """Return the float32 masters of the elements ``[start, stop)``."""
+        low: dict[str, Tensor] = {
+            p: self.plane(buffer, p, start, stop) for p in ("residual", "master") if p in buffer.planes
+        }
+        return master_of(self.plane(buffer, "weight", start, stop), low).float()
+
+    # ------------------------------------------------------------------ whole things
+
+    def tensor(self, name: str, plane: str | None = None) -> Tensor:
+        """Return a parameter, or a plane of its state, whole; or a tensor that is in no buffer.
+
+        Raises:
+            KeyError: If there is none of that name.
+        """
+        if name not in self.locations:
+            reader = self.reader(self.manifest.module)
+            if name not in reader.tensors:
+                raise KeyError(name)
+            return reader.read(name).view(reader.shape(name))
+        buffer, param = self.locations[name]
+        start, stop = param.offset, param.offset + param.numel
+        if plane is not None:
+            return self.plane(buffer, plane, start, stop).view(param.shape)
+        return self.master(buffer, start, stop).to(DTYPES[param.dtype]).view(param.shape)
+
+    def names(self) -> list[str]:
+        """Return every name of the state dict."""
+        return [*self.locations, *self.reader(self.manifest.module).tensors]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an entry of the state dict."""
+        found = self.locations.get(name)
+        return self.reader(self.manifest.module).shape(name) if found is None else found[1].shape
+
+    def params(self) -> Iterator[tuple[Buffer, Param]]:
+        """Yield every parameter once."""
+        for buffer in self.manifest.buffers:
+            for param in buffer.params:
+                yield buffer, param
+
+    def trainer(self, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return everything that is no tensor of the model or the optimizers."""
+        content = verified(self.folder, self.infos[self.manifest.trainer])
+        loaded: dict[str, Any] = torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True if weights_only is None else weights_only
+        )
+        return loaded
+
+    def info(self, name: str) -> FileInfo:
+        """Return what the manifest says of a file."""
+        return self.infos[name]
+
+
+class ShardedStateDict(dict[str, Any]):
+    """A state dict whose tensors are read when they are asked for.
+
+    It is what hooks see as ``checkpoint["state_dict"]``: keys may be removed, or given other values.
+
+    Args:
+        source: The checkpoint.
+    """
+
+    def __init__(self, source: Checkpoint) -> None:
+        super().__init__(dict.fromkeys(source.names()))
+        self.source = source
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a tensor, whole."""
+        value = super().__getitem__(name)
+        return self.source.tensor(name) if value is None else value
+
+    def changed(self) -> dict[str, Tensor]:
+        """Return the entries that somebody has put other values into."""
+        return {name: value for name, value in super().items() if value is not None}
+
+    def items(self) -> Any:
+        """Yield names and tensors, one at a time."""
+        return ((name, self[name]) for name in self)
+
+    def values(self) -> Any:
+        """Yield tensors, one at a time."""
+        return (self[name] for name in self)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a tensor, or ``default``."""
+        return self[name] if name in self else default  # noqa: SIM401  # this is what it is made of

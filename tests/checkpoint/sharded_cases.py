@@ -1,0 +1,61 @@
+"""Runs that are saved, damaged and resumed in the tests of sharded checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_cases import Net, loader, net, trainer
+from torch import Tensor, nn
+
+import lightning_zinf
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {"offload_params": "none", "offload_optimizer": "none"},
+    "cpu": {"offload_params": "none", "offload_optimizer": "cpu"},
+    "nvme": {"offload_params": "nvme", "offload_optimizer": "nvme"},
+    "stage-2": {"stage": 2},
+    "stage-1": {"stage": 1},
+}
+
+
+class Model(Net):
+    """Tied and frozen weights, a buffer that changes, and a schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(130, 130, bias=False)
+        self.again.weight = self.blocks[0][0].weight
+        self.frozen = nn.Linear(130, 130).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(130)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x + self.frozen(torch.tanh(self.again(x)))))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)}
+
+
+def strategy(setting: str, **options: Any) -> Any:
+    return lightning_zinf.ZinfStrategy(state_dict_type="sharded", **{**SETTINGS[setting], **options})
+
+
+def fit(
+    folder: Path, setting: str, epochs: int, size: int = 1, path: Any = None, kind: type[Net] = Model, **options: Any
+) -> tuple[Any, Any]:
+    model = net(kind)
+    running = trainer(folder, strategy(setting), devices=size, max_epochs=epochs, **options)
+    running.fit(model, loader(8), loader(2, seed=1), ckpt_path=path)
+    return model, running
+
+
+def everything(model: Any, running: Any) -> dict[str, Tensor]:
+    """Return weights, buffers and optimizer state."""
+    state = dict(lightning_zinf.full_state_dict(model))
+    for number, optimizer in enumerate(running.optimizers):
+        for index, entry in optimizer.state_dict()["state"].items():
+            for name, value in entry.items():
+                state[f"optimizer {number}, parameter {index}, {name}"] = torch.as_tensor(value)
+    return state
