@@ -161,13 +161,14 @@ class Writer:
         self._folder.remove([self._name])
 
 
-def header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
+def header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the beginning of a safetensors file for tensors that follow in this order.
 
     Args:
         tensors: ``(dtype, shape)`` by name.
+        metadata: Goes to ``__metadata__``.
     """
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in tensors.items():
         nbytes = DTYPES[dtype].itemsize

@@ -90,6 +90,7 @@ class Manifest:
         module: The file with tensors that are not in buffers: running statistics, parameters that are not managed.
         trainer: The file with everything else, as ``torch.save`` writes it.
         buffers: The flat buffers.
+        names: The names of the state dict, in its order.
         optimizers: For each optimizer the name of its parameters, in the order of its param groups.
         versions: Versions of what wrote it.
         files: Size and checksums of every file.
@@ -99,6 +100,7 @@ class Manifest:
     module: str
     trainer: str
     buffers: tuple[Buffer, ...]
+    names: tuple[str, ...]
     optimizers: tuple[tuple[str, ...], ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     files: tuple[FileInfo, ...] = ()
@@ -173,6 +175,7 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         str(raw["module"]),
         str(raw["trainer"]),
         buffers,
+        tuple(map(str, raw["names"])),
         tuple(tuple(map(str, names)) for names in raw["optimizers"]),
         {str(k): str(v) for k, v in raw["versions"].items()},
         files,
@@ -216,6 +219,8 @@ def _check(manifest: Manifest, block_bytes: Any) -> None:
                 refuse(f"parameter {param.names} is there twice")
             seen |= set(param.names)
             end = param.offset + param.numel
+    if len(set(manifest.names)) != len(manifest.names) or not seen <= set(manifest.names):
+        refuse("names of parameters are missing or there twice")
     for names in manifest.optimizers:
         if missing := [n for n in names if n not in seen]:
             refuse(f"an optimizer has parameter {missing[0]!r}, which is nowhere")

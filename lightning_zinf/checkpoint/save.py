@@ -119,6 +119,7 @@ def save(
             names.module,
             names.trainer,
             tuple(b for _, b in buffers),
+            tuple(checkpoint["state_dict"]),
             _optimizer_names(engine, optimizers, {p.names[0]: p for _, b in buffers for p in b.params}),
             versions,
             files,

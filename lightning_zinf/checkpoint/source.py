@@ -132,8 +132,8 @@ class Checkpoint:
         return self.master(buffer, start, stop).to(DTYPES[param.dtype]).view(param.shape)
 
     def names(self) -> list[str]:
-        """Return every name of the state dict."""
-        return [*self.locations, *self.reader(self.manifest.module).tensors]
+        """Return every name of the state dict, in its order."""
+        return list(self.manifest.names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an entry of the state dict."""

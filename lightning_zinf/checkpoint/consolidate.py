@@ -1,0 +1,279 @@
+"""One file from a sharded checkpoint, with bounded memory: a Lightning .ckpt, or safetensors as Hugging Face has them.
+
+Note [Streaming a .ckpt]
+~~~~~~~~~~~~~~~~~~~~~~~~
+``torch.save`` wants its tensors in memory. Under ``torch.serialization.skip_data`` it reserves room for their bytes
+instead of writing them, so it is given tensors whose memory is never touched. Then the file is mapped, shared and
+writable, and filled piece by piece: what is in memory is the page cache's, which the system writes out and drops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header, raw_bytes
+from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError, Param
+from lightning_zinf.checkpoint.source import Checkpoint
+
+_SINGLE = "model.safetensors"
+AVERAGE = "ema"
+_TRAINING = ("optimizer_states", "lr_schedulers", "callbacks", "loops", "averaging_state", "averaging_buffers")
+"""Entries of a checkpoint that only going on with training needs."""
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Values of a parameter that are streamed.
+
+    Attributes:
+        buffer: Where it is.
+        param: Which.
+        plane: A plane of its state, or None for its master.
+    """
+
+    buffer: Buffer
+    param: Param
+    plane: str | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        return DTYPES[self.param.dtype if self.plane in (None, AVERAGE) else self.buffer.planes[self.plane or ""]]
+
+    def read(self, source: Checkpoint, start: int, stop: int) -> Tensor:
+        """Return the elements ``[start, stop)`` of the parameter."""
+        first = self.param.offset
+        if self.plane is None or self.plane not in self.buffer.planes:  # what was frozen has no average
+            return source.master(self.buffer, first + start, first + stop).to(self.dtype)
+        return source.plane(self.buffer, self.plane, first + start, first + stop).to(self.dtype)
+
+    def chunks(self, source: Checkpoint, numel: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``(first element, values)`` in pieces of at most ``numel`` elements."""
+        for start in range(0, self.param.numel, numel):
+            yield start, self.read(source, start, min(start + numel, self.param.numel))
+
+
+def to_ckpt(
+    source: Checkpoint,
+    out: str | os.PathLike[str],
+    *,
+    weights_only: bool = False,
+    average: bool = False,
+    chunk_bytes: int = 64 * 2**20,
+    trust_pickle: bool = False,
+    progress: Progress = lambda nbytes: None,
+) -> None:
+    """Write a Lightning checkpoint that ``load_from_checkpoint`` and any strategy take.
+
+    Args:
+        source: The sharded checkpoint.
+        out: The file to write; it appears when it is complete.
+        weights_only: Leave out optimizers, loops and callbacks.
+        average: Take the running average for the weights.
+        chunk_bytes: Bytes that are read at a time.
+        trust_pickle: Load objects of any class that callbacks or hyper-parameters have.
+        progress: Called with bytes as they are written.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged, or has no average.
+    """
+    path, pieces = Path(out), dict[int, Piece]()
+    content = _content(source, pieces, weights_only, average, trust_pickle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with torch.serialization.skip_data():
+            torch.save(content, temporary)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            mapped = torch.load(temporary, mmap=True, weights_only=not trust_pickle, map_location="cpu")
+        filled: set[int] = set()
+        _fill(content, mapped, filled, _filler(source, pieces, chunk_bytes, progress))
+        records = torch._C.PyTorchFileReader(str(temporary)).get_all_records()
+        stored = sum("/data/" in f"/{r}" and not r.endswith("/") for r in records)
+        if stored != len(filled):
+            raise CheckpointError(
+                f"{source.url} has {stored - len(filled)} tensors inside of objects that are no dicts or lists, which "
+                "cannot be streamed: use --weights-only"
+            )
+        del mapped
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _content(
+    source: Checkpoint, pieces: dict[int, Piece], weights_only: bool, average: bool, trust_pickle: bool
+) -> dict[str, Any]:
+    """Return the checkpoint with tensors in it whose memory nobody has touched, noted in ``pieces``."""
+    content = source.trainer(weights_only=not trust_pickle)
+    _check_average(source, average)
+    plane = AVERAGE if average else None
+
+    def later(buffer: Buffer, param: Param, plane: str | None) -> Tensor:
+        piece = Piece(buffer, param, plane)
+        tensor = torch.empty(param.shape, dtype=piece.dtype)
+        pieces[id(tensor)] = piece
+        return tensor
+
+    tensors = {id(param): later(buffer, param, plane) for buffer, param in source.params()}
+    state = {
+        name: tensors[id(source.locations[name][1])] if name in source.locations else source.tensor(name)
+        for name in source.names()
+    }
+    if average:
+        state.update(content.get("averaging_buffers", {}))
+    content["state_dict"] = state
+    if weights_only:
+        return {key: value for key, value in content.items() if key not in _TRAINING}
+    for optimizer, names in zip(content.get("optimizer_states", []), source.manifest.optimizers, strict=False):
+        for number, entry in optimizer["state"].items():
+            buffer, param = source.locations[names[number]]
+            for kind in buffer.planes:
+                if kind not in ("weight", "residual", "master", AVERAGE):
+                    entry[kind] = later(buffer, param, kind)
+    return content
+
+
+def _check_average(source: Checkpoint, average: bool) -> None:
+    if average and not any(AVERAGE in b.planes for b in source.manifest.buffers):
+        raise CheckpointError(f"{source.url} has no running average of the weights: it was trained without ZinfEMA")
+
+
+def _filler(
+    source: Checkpoint, pieces: Mapping[int, Piece], chunk_bytes: int, progress: Progress
+) -> Callable[[Tensor, Tensor], None]:
+    def fill(given: Tensor, room: Tensor) -> None:
+        piece = pieces.get(id(given))
+        if piece is None:
+            room.copy_(given)
+            return
+        flat = room.view(-1)
+        for start, values in piece.chunks(source, max(1, chunk_bytes // 4)):
+            flat[start : start + values.numel()] = values
+            progress(values.nbytes)
+
+    return fill
+
+
+def _fill(given: Any, room: Any, filled: set[int], fill: Callable[[Tensor, Tensor], None]) -> None:
+    """Walk through two equal structures and fill the tensors of one from the other, each storage once."""
+    if isinstance(given, Tensor):
+        key = given.untyped_storage()._cdata
+        if key not in filled:
+            filled.add(key)
+            fill(given, room)
+    elif isinstance(given, Mapping):
+        for name, value in given.items():
+            _fill(value, room[name], filled, fill)
+    elif isinstance(given, (list, tuple)):
+        for value, other in zip(given, room, strict=True):
+            _fill(value, other, filled, fill)
+
+
+# ---------------------------------------------------------------------- safetensors
+
+
+def to_safetensors(
+    source: Checkpoint,
+    out: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    strip_prefix: str = "",
+    average: bool = False,
+    chunk_bytes: int = 64 * 2**20,
+    progress: Progress = lambda nbytes: None,
+) -> list[str]:
+    """Write the weights as Hugging Face lays them out, and return the names of the files.
+
+    One ``model.safetensors``, or several with ``model.safetensors.index.json``. Of tied weights only the first name is
+    written, as there.
+
+    Args:
+        source: The sharded checkpoint.
+        out: The folder, which is made.
+        max_shard_bytes: Most bytes of tensors in a file, unless a single one is larger.
+        strip_prefix: Write only names that begin with this, without it.
+        average: Take the running average for the weights.
+        chunk_bytes: Bytes that are read at a time.
+        progress: Called with bytes as they are written.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged, has no average, or nothing has the prefix.
+    """
+    _check_average(source, average)
+    entries: dict[str, Piece | str] = {
+        param.names[0]: Piece(buffer, param, AVERAGE if average else None) for buffer, param in source.params()
+    }
+    entries.update({name: name for name in source.reader(source.manifest.module).tensors})
+    entries = {n.removeprefix(strip_prefix): e for n, e in entries.items() if n.startswith(strip_prefix)}
+    if not entries:
+        raise CheckpointError(f"no name in {source.url} begins with {strip_prefix!r}")
+    files: list[dict[str, Piece | str]] = [{}]
+    filled = total = 0
+    for name, entry in entries.items():
+        nbytes = _nbytes(source, entry)
+        if files[-1] and filled + nbytes > max_shard_bytes:
+            files.append({})
+            filled = 0
+        files[-1][name] = entry
+        filled += nbytes
+        total += nbytes
+    folder = Folder(out)
+    folder.make()
+    count = len(files)
+    paths = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [_SINGLE]
+    for path, members in zip(paths, files, strict=True):
+        _write_file(source, folder, path, members, chunk_bytes, progress)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: path for path, members in zip(paths, files, strict=True) for name in members},
+        }
+        folder.replace("model.safetensors.index.json", json.dumps(index, indent=2).encode())
+        paths.append("model.safetensors.index.json")
+    return paths
+
+
+def _nbytes(source: Checkpoint, entry: Piece | str) -> int:
+    if isinstance(entry, Piece):
+        return entry.param.numel * entry.dtype.itemsize
+    return source.tensor(entry).nbytes
+
+
+def _write_file(
+    source: Checkpoint, folder: Folder, path: str, entries: Mapping[str, Piece | str], chunk: int, progress: Progress
+) -> None:
+    writer = Writer(folder, path)
+    try:
+        described = {
+            name: (NAMES[e.dtype], e.param.shape)
+            if isinstance(e, Piece)
+            else (NAMES[source.tensor(e).dtype], source.shape(e))
+            for name, e in entries.items()
+        }
+        writer.write(header(described, {"format": "pt"}))
+        for entry in entries.values():
+            if isinstance(entry, Piece):
+                for _, values in entry.chunks(source, max(1, chunk // 4)):
+                    writer.write(raw_bytes(values))
+                    progress(values.nbytes)
+            else:
+                writer.write(raw_bytes(source.tensor(entry)))
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
