@@ -159,4 +159,4 @@ def measure(drafts: Sequence[Draft], stage: int = 3) -> ModelSize:
         state += NvmeState.bytes_needed(draft.shard, draft.later_planes)
         units[id(draft.plan)] = units.get(id(draft.plan), 0) + nbytes
     root = next((n for d in drafts if d.plan.name == "" and (n := units[id(d.plan)])), 0)
-    return ModelSize(weights, state, gradients, max(units.values(), default=0), root)
+    return ModelSize(weights, state, gradients, max(units.values(), default=0), root, sum(units.values()))

@@ -31,6 +31,8 @@ from lightning_zinf.memory.state import NvmeState, bytes_per_element, plane_dtyp
 from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
 
+REDUCE_BYTES = 256 * 2**20
+"""Most bytes of gradients under way to other ranks, unless a few units have more; small models take less."""
 _SHOW_PROGRESS_BYTES = 512 * 2**20
 
 _ENGINES: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
@@ -103,7 +105,9 @@ def partition(
     except BaseException:
         context.close()
         raise
-    engine = Engine(root, units, context, prefetch=config.overlap.prefetch)
+    assert size.whole is not None
+    under_way = min(REDUCE_BYTES, max(4 * size.largest_unit, size.whole // 4))
+    engine = Engine(root, units, context, prefetch=config.overlap.prefetch, reduce_bytes=under_way)
     engine.placement, engine.config = where, config
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine

@@ -18,11 +18,12 @@ class ModelSize:
     """Sizes of a model in bytes.
 
     Attributes:
-        weights: Weight planes of all units.
+        weights: Weight planes of all units, of which this rank keeps that much.
         state: What the optimizer keeps: low halves of masters, moments.
         gradients: Gradients of all units.
         largest_unit: Weight planes of the largest unit.
         root_unit: Weight planes of the root's unit, which is there throughout a step.
+        whole: Weight planes of all units as they are gathered; ``weights`` if it is not given.
     """
 
     weights: int
@@ -30,6 +31,7 @@ class ModelSize:
     gradients: int
     largest_unit: int
     root_unit: int
+    whole: int | None = None
 
     @property
     def total(self) -> int:
@@ -93,7 +95,7 @@ def slot_budget(size: ModelSize, asked: int | None, free: int, option: str) -> i
     least = size.largest_unit + (size.root_unit if size.largest_unit != size.root_unit else 0)
     if asked is None:
         wanted = UNITS_AHEAD * size.largest_unit + size.root_unit
-        budget = max(least, min(wanted, free // 4, max(size.weights, least)))
+        budget = max(least, min(wanted, free // 4, max(size.whole or size.weights, least)))
         limit, where = free, "are free"
     else:
         budget, limit, where = asked, asked, f"are allowed by {option}"
