@@ -9,9 +9,7 @@ It does no tensor arithmetic, and keeps no state that the engine has: a module's
 import functools
 import math
 import os
-import pickle
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -21,29 +19,18 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_zinf import __version__, _compat, ops
+from lightning_zinf import _compat, ops
 from lightning_zinf import precision as precisions
-from lightning_zinf.checkpoint.files import Folder, is_local, local_path
-from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict
-from lightning_zinf.checkpoint.load import load_optimizer, load_weights
-from lightning_zinf.checkpoint.manifest import MANIFEST
-from lightning_zinf.checkpoint.save import placeholders, save
-from lightning_zinf.checkpoint.source import Checkpoint, ShardedStateDict, is_sharded
-from lightning_zinf.comm.group import Ranks, ranks_of
+from lightning_zinf.checkpoint.full import full_state_dict
 from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, PartitionConfig, check_offload
 from lightning_zinf.engine.construction import paged_construction
-from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import default_nvme_path, describe, engine_of, forget, partition
-from lightning_zinf.loaders import EvenLoader, needs_agreement
 from lightning_zinf.optim.binding import binding_of
-from lightning_zinf.optim.state_dict import optimizer_rest
 from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
+from lightning_zinf.strategy_checkpoints import CheckpointsPart
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import DDPStrategy as _Base
-else:
-    _Base = object
 
 _COPIES = "it averages whole copies of the module, which are not offloaded"
 REFUSED_CALLBACKS = {
@@ -58,7 +45,7 @@ def _check_kind(name: str, value: object, kind: type) -> None:
         raise ValueError(f"{name} must be a lightning_zinf.{kind.__name__}, got {value!r}")
 
 
-class ZinfStrategyBody(_Base):
+class ZinfStrategyBody(CheckpointsPart):
     """ZeRO-Infinity: trains models larger than the accelerator's memory, unchanged.
 
     Parameters, gradients and optimizer state live on the device, in host memory or on NVMe, wherever there is room, and
@@ -96,7 +83,6 @@ class ZinfStrategyBody(_Base):
     """
 
     strategy_name = "zinf"
-    package: str
 
     def __init__(
         self,
@@ -163,23 +149,6 @@ class ZinfStrategyBody(_Base):
 
     # ------------------------------------------------------------------ for users
 
-    @property
-    def engine(self) -> Engine:
-        """The engine of the module.
-
-        Raises:
-            RuntimeError: If there is none yet.
-        """
-        engine = self._engine
-        if engine is None:
-            raise RuntimeError("the zinf strategy has set up no module yet: its engine is there from on_fit_start on")
-        return engine
-
-    @property
-    def _engine(self) -> Engine | None:
-        # Asked for each time: another Trainer with other options may have partitioned the module anew.
-        return None if self.lightning_module is None else engine_of(self.lightning_module)
-
     def grad_norm(self, optimizer: Any | None = None) -> float:
         """Return the 2-norm of the gradients as they are now, before clipping.
 
@@ -218,31 +187,7 @@ class ZinfStrategyBody(_Base):
         """
         return full_state_dict(self.engine)
 
-    # ------------------------------------------------------------------ processes
-
-    @property
-    def _alone(self) -> bool:
-        """Whether there is one process, which needs no process group and nothing to launch it."""
-        return max(self.world_size, self.num_nodes * self.num_processes) == 1
-
-    def _configure_launcher(self) -> None:
-        # Called when the Trainer is built, once devices and nodes are known.
-        if self._alone:
-            self._launcher = None  # nothing to launch, so a notebook will do
-        else:
-            super()._configure_launcher()
-
-    def setup_distributed(self) -> None:
-        """Set the ranks, and join the other processes if there are any."""
-        if self._alone:
-            self.set_world_ranks()
-        else:
-            super().setup_distributed()
-
-    def _get_process_group_backend(self) -> str:
-        if self._process_group_backend is None and self.root_device.type == "cuda":
-            return "cpu:gloo,cuda:nccl"  # what is offloaded cannot go through nccl
-        return str(super()._get_process_group_backend())
+    # ------------------------------------------------------------------ setup
 
     def setup_environment(self) -> None:
         """Refuse what cannot work before anything is copied or built for it."""
@@ -253,96 +198,11 @@ class ZinfStrategyBody(_Base):
                 _compat.keep_samplers(trainer)
         super().setup_environment()
 
-    def process_dataloader(self, dataloader: object) -> object:
-        """Have training loaders without a length end on all ranks at once."""
-        loader: object = super().process_dataloader(dataloader)
-        assert self.lightning_module is not None
-        if self._alone or not self.lightning_module.trainer.training or not needs_agreement(loader):
-            return loader
-        return EvenLoader(loader, self._agree)
-
-    def _agree(self, mine: bool) -> bool:
-        """Whether all ranks say yes."""
-        rounds = self.engine.rounds
-        assert rounds is not None, "one rank needs no agreement"
-        return all(answer == b"yes" for answer in rounds.meet("the next training batch", b"yes" if mine else b"no"))
-
-    def _ranks(self) -> Ranks | None:
-        if self._alone:
-            return None
-        return ranks_of(self.shard_size, self._timeout or timedelta(days=1), self.num_processes)
-
-    # Whoever waits in a collective cannot serve weights to others, so all ranks meet before each.
-
-    def _meet(self, place: str) -> None:
-        engine = self._engine
-        if engine is not None and not self._failed:
-            engine.meet(place)
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks."""
-        self._meet(f"a barrier {args[0] if args else kwargs.get('name') or ''}".strip())
-        super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return what rank ``src`` has."""
-        self._meet("a broadcast")
-        return super().broadcast(obj, src)
-
-    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Reduce a tensor over all ranks."""
-        self._meet("a reduction")
-        return super().reduce(tensor, *args, **kwargs)
-
-    def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Gather a tensor from all ranks."""
-        self._meet("a gathering of tensors")
-        gathered: Tensor = super().all_gather(tensor, *args, **kwargs)
-        return gathered
-
-    def _sync_buffers(self) -> None:
-        """Give all ranks rank 0's buffers (running statistics), which is what DDP evaluates and saves."""
-        engine = self._engine
-        if engine is not None:
-            kept = [
-                buffer
-                for module in engine.root.modules()
-                for name, buffer in module._buffers.items()
-                if buffer is not None and name not in module._non_persistent_buffers_set
-            ]
-            engine.broadcast(kept, "the start of an evaluation")
-
-    def on_validation_start(self) -> None:
-        """Evaluate with rank 0's buffers."""
-        self._sync_buffers()
-
-    def on_test_start(self) -> None:
-        """Evaluate with rank 0's buffers."""
-        self._sync_buffers()
-
-    def on_predict_start(self) -> None:
-        """Predict with rank 0's buffers."""
-        self._sync_buffers()
-
-    def on_validation_end(self) -> None:
-        """Serve the ranks that have more batches."""
-        self._meet("the end of validation")
-
-    def on_test_end(self) -> None:
-        """Serve the ranks that have more batches."""
-        self._meet("the end of the test")
-
-    def on_predict_end(self) -> None:
-        """Serve the ranks that have more batches."""
-        self._meet("the end of prediction")
-
     def _refuse_callbacks(self, trainer: "Trainer") -> None:
         for kind, reason in REFUSED_CALLBACKS.items():
             found = _compat.instances_of(self.package, trainer.callbacks, [kind])  # type: ignore[attr-defined]
             if found:
                 raise ValueError(f"the zinf strategy does not support {found[0]}: {reason}")
-
-    # ------------------------------------------------------------------ setup
 
     @property
     def precision_plugin(self) -> Any:
@@ -470,108 +330,6 @@ class ZinfStrategyBody(_Base):
         with self.engine.frame("predict") as outputs:
             outputs.append(super().predict_step(*args, **kwargs))
         return outputs[-1]
-
-    # ------------------------------------------------------------------ checkpoints
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Load into the partitioned module."""
-        return True
-
-    @property
-    def saves_shards(self) -> bool:
-        """Whether checkpoints are sharded."""
-        engine = self._engine
-        if engine is None or self.state_dict_type == "full":
-            return False
-        return self.state_dict_type == "sharded" or not self._alone or engine.context.has_nvme
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the state dict for a checkpoint.
-
-        It is whole on rank 0 and empty elsewhere; for sharded checkpoints it has tensors on the meta device in the
-        place of weights, whose names may be removed to leave them out.
-        """
-        engine = self._engine
-        if engine is None:
-            return super().lightning_module_state_dict()
-        if self.saves_shards and not self._returns_weights:
-            return placeholders(engine)
-        return full_state_dict(engine, keep=self.is_global_zero)
-
-    @property
-    def _returns_weights(self) -> bool:
-        """Whether a launcher is about to take the weights to the process that started this one."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        return self._start_method != "popen" and not self._alone and bool(trainer.state.finished)
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return an optimizer's state for a checkpoint; for sharded ones without the tensors that are in shards."""
-        inner = _compat.unwrapped(optimizer)
-        if not self.saves_shards or _compat.is_mock(self.package, inner):
-            return super().optimizer_state(optimizer)
-        return optimizer_rest(binding_of(inner))
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Save what Lightning gathered, with the shards of all ranks."""
-        if not self.saves_shards:
-            if self.is_global_zero and is_local(filepath) and local_path(filepath).is_dir():
-                shutil.rmtree(local_path(filepath))  # a sharded one of the same name
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        path = self.broadcast(os.fspath(filepath))  # names may have a metric that differs between ranks
-        optimizers = [_compat.unwrapped(o) for o in self.optimizers] if "optimizer_states" in checkpoint else []
-        versions = {"lightning-zinf": __version__, "torch": str(torch.__version__)}
-        save(self.engine, checkpoint, path, optimizers, versions, storage_options)
-
-    def remove_checkpoint(self, filepath: Any) -> None:
-        """Remove a checkpoint; of a sharded one the manifest goes first, so that no half of it looks whole."""
-        if self.is_global_zero and is_sharded(filepath):
-            folder = Folder(filepath)
-            folder.remove([MANIFEST])
-            folder.fs.rm(folder.path, recursive=True)
-        else:
-            super().remove_checkpoint(filepath)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint of this or another strategy."""
-        try:
-            if is_sharded(checkpoint_path):
-                return self._open_sharded(checkpoint_path, weights_only)
-            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        except pickle.UnpicklingError as error:
-            # The Trainer does not pass its weights_only argument on to strategies that load after setup.
-            raise pickle.UnpicklingError(
-                f"{error}\nIf you trust {checkpoint_path}, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment; "
-                "Trainer.fit(..., weights_only=False) does not reach the strategy"
-            ) from error
-
-    def _open_sharded(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        source = Checkpoint(path)
-        checkpoint = source.trainer(weights_only)
-        checkpoint["state_dict"] = ShardedStateDict(source)
-        return checkpoint
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the weights unit by unit."""
-        state = checkpoint["state_dict"]
-        if self._engine is not None and isinstance(state, ShardedStateDict):
-            load_weights(self._engine, state, strict)
-        elif self._engine is None:
-            super().load_model_state_dict(checkpoint, strict=strict)
-        else:
-            load_full_state_dict(self._engine, checkpoint["state_dict"], strict=strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the optimizers' states to where they live."""
-        assert self.lightning_module is not None
-        _compat.restore_finetuning(self.package, self.lightning_module.trainer)
-        for number, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
-            if isinstance(checkpoint["state_dict"], ShardedStateDict):
-                load_optimizer(binding_of(optimizer), checkpoint["state_dict"].source, number, state)
-            else:
-                optimizer.load_state_dict(state)
 
     # ------------------------------------------------------------------ the end
 
