@@ -15,6 +15,7 @@ import lightning_zinf_boot
 if TYPE_CHECKING:
     from lightning_zinf.access import full_state_dict as full_state_dict
     from lightning_zinf.access import gathered as gathered
+    from lightning_zinf.checkpoint.pretrained import load_pretrained as load_pretrained
     from lightning_zinf.config import IOConfig as IOConfig
     from lightning_zinf.config import MemoryConfig as MemoryConfig
     from lightning_zinf.config import OverlapConfig as OverlapConfig
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "full_state_dict",
     "gathered",
+    "load_pretrained",
 ]
 
 _FACES = ("ZinfEMA", "ZinfMonitor", "ZinfStrategy")
@@ -44,6 +46,7 @@ _MODULE_OF = {
     "OverlapConfig": "lightning_zinf.config",
     "full_state_dict": "lightning_zinf.access",
     "gathered": "lightning_zinf.access",
+    "load_pretrained": "lightning_zinf.checkpoint.pretrained",
 }
 
 
