@@ -86,6 +86,23 @@ def _parser() -> argparse.ArgumentParser:
     option("--force", action="store_true", help="overwrite what is there")
     option("--no-verify", action="store_true", help="do not compare checksums first")
     option("--trust-pickle", action="store_true", help="load Python objects of any class, which may run code")
+    convert = add(
+        "convert",
+        "convert to or from torch.distributed.checkpoint, as ModelParallelStrategy (FSDP2) has it",
+        "  $ zinf convert last.ckpt fsdp2.ckpt --to dcp\n  $ zinf convert fsdp2.ckpt my.ckpt --from dcp --trust-pickle",
+    )
+    convert.add_argument("output", help="the folder to write")
+    direction = convert.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=("dcp",), help="write this")
+    direction.add_argument("--from", dest="origin", choices=("dcp",), help="read this; its metadata is a pickle")
+    convert.add_argument("--trust-pickle", action="store_true", help="load pickles, which may run code")
+    reshard = add(
+        "reshard",
+        "write a checkpoint again in another number of shards",
+        "  $ zinf reshard last.ckpt one-shard.ckpt --shards 1",
+    )
+    reshard.add_argument("output", help="the folder to write")
+    reshard.add_argument("--shards", type=int, required=True, metavar="N", help="number of shard files")
     return parser
 
 
@@ -95,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lightning_zinf.checkpoint.manifest import CheckpointError
 
     try:
-        told, text = {"inspect": _inspect, "verify": _verify, "consolidate": _consolidate}[given.command](given)
+        told, text = {"inspect": _inspect, "verify": _verify, "consolidate": _consolidate, "convert": _convert}[
+            given.command
+        ](given)
     except (CheckpointError, OSError) as error:
         print(f"zinf {given.command}: {error}", file=sys.stderr)
         return 1
@@ -207,6 +226,52 @@ def _consolidate(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     nbytes = sum(os.path.getsize(f) for f in files)
     how = "load it with load_from_checkpoint or Trainer.fit(ckpt_path=...)" if kind == "ckpt" else f"{len(files)} files"
     return {"files": files, "bytes": nbytes}, f"{given.output}: {nbytes / 2**30:.2f} GiB; {how}"
+
+
+def _convert(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from lightning_zinf.checkpoint.convert import from_dcp, to_dcp
+    from lightning_zinf.checkpoint.source import Checkpoint
+
+    if os.path.exists(given.output):
+        raise _UsageError(f"{given.output} is there already: give another name")
+    if given.origin and not given.trust_pickle:
+        raise _UsageError(
+            "the metadata of torch.distributed.checkpoint is a pickle, which can run code: if you trust "
+            f"{given.checkpoint}, say --trust-pickle"
+        )
+    if given.origin:
+        from_dcp(given.checkpoint, given.output)
+    else:
+        with Checkpoint(given.checkpoint) as source:
+            source.verify([info.path for info in source.manifest.files])
+            with _progress("Writing", sum(i.nbytes for i in source.manifest.files)) as advance:
+                to_dcp(source, given.output, trust_pickle=given.trust_pickle, progress=advance)
+    nbytes = sum(entry.stat().st_size for entry in os.scandir(given.output))
+    return {"output": given.output, "bytes": nbytes}, f"{given.output}: {nbytes / 2**30:.2f} GiB"
+
+
+def _reshard(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from lightning_zinf.checkpoint.reshard import reshard
+    from lightning_zinf.checkpoint.source import Checkpoint
+
+    if given.shards < 1:
+        raise _UsageError(f"--shards must be at least 1, got {given.shards}")
+    if os.path.exists(given.output):
+        raise _UsageError(f"{given.output} is there already: give another name")
+    with Checkpoint(given.checkpoint) as source:
+        source.verify([info.path for info in source.manifest.files])
+        with _progress("Writing", sum(i.nbytes for i in source.manifest.files)) as advance:
+            reshard(source, given.output, given.shards, progress=advance)
+    return {"output": given.output, "shards": given.shards}, f"{given.output}: {given.shards} shards"
+
+
+_COMMANDS = {
+    "inspect": _inspect,
+    "verify": _verify,
+    "consolidate": _consolidate,
+    "convert": _convert,
+    "reshard": _reshard,
+}
 
 
 @contextmanager

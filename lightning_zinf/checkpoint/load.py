@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError
@@ -90,8 +89,7 @@ def load_weights(engine: Engine, state: ShardedStateDict, strict: bool = True) -
     # All ranks update the same buffers, also those of which one has nothing but padding.
     found = [b for u in engine.units for b in u.buffers if any(n in state and n in source.locations for n in b.names)]
     _apply(engine, [(b, Load(moves[id(b)], put)) for b in found])
-    managed = {n for n, v in expected.items() if isinstance(v, torch.nn.Parameter) and engine.unit_of(v) is not None}
-    others = {n: state[n] for n in state if n in expected and n not in managed}
+    others = {n: state[n] for n in state if n in expected and n not in source.locations}
     others.update({n: v for n, v in state.changed().items() if n in expected})
     engine.root.load_state_dict(others, strict=False)
     engine.flush()

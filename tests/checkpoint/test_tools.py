@@ -172,3 +172,14 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     used = int(done.stdout.rsplit(maxsplit=1)[-1]) * 1024
     assert (tmp_path / "one.ckpt").stat().st_size > 200e6
     assert used < 32 * 2**20 + 48 * 2**20  # checksums take a block of 16 MiB, the rest is Python's own
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_reshard(saved: Any, shards: int, tmp_path: Path) -> None:
+    path, state = saved
+    assert main(["reshard", str(path), str(tmp_path / "b.ckpt"), "--shards", str(shards)]) == 0
+    assert main(["verify", str(tmp_path / "b.ckpt")]) == 0
+    assert len(list((tmp_path / "b.ckpt").iterdir())) == shards + 3
+    found = everything(*fit(tmp_path, "nvme", 1, path=tmp_path / "b.ckpt", precision="bf16-mixed"))
+    assert_same(found, state)
+    assert main(["reshard", str(path), str(tmp_path / "c.ckpt"), "--shards", "0"]) == 2
