@@ -112,9 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lightning_zinf.checkpoint.manifest import CheckpointError
 
     try:
-        told, text = {"inspect": _inspect, "verify": _verify, "consolidate": _consolidate, "convert": _convert}[
-            given.command
-        ](given)
+        told, text = _COMMANDS[given.command](given)
     except (CheckpointError, OSError) as error:
         print(f"zinf {given.command}: {error}", file=sys.stderr)
         return 1
