@@ -1,0 +1,193 @@
+"""Checkpoints: saving, loading and consolidating beside torch.save and torch.distributed.checkpoint (one process).
+
+    python benchmarks/checkpoint.py                      # 101M parameters in float32, 1.2 GB of weights and moments
+    python benchmarks/checkpoint.py --hidden 512 --rounds 1
+
+Everything is written to one folder, by turns, and synced: torch.save and DCP leave that to the kernel, so a sync of the
+file system follows them, inside of their time. "stall" is how long training stands still: for DCP's async_save until it
+returns. Consolidation runs in a process of its own; its memory is the peak of what is anonymous (RssAnon).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from lightning_zinf.checkpoint.load import load_optimizer, load_weights
+from lightning_zinf.checkpoint.save import placeholders, save
+from lightning_zinf.checkpoint.source import Checkpoint, ShardedStateDict
+from lightning_zinf.config import PartitionConfig
+from lightning_zinf.engine.engine import Engine
+from lightning_zinf.engine.partition import partition
+from lightning_zinf.optim.binding import OptimizerBinding
+from lightning_zinf.optim.state_dict import optimizer_rest
+
+Ours = tuple[Engine, OptimizerBinding, torch.optim.Optimizer]
+MEASURE = """
+import sys, threading, time
+import lightning_zinf.cli, lightning_zinf.checkpoint.consolidate
+def anonymous():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+before, peak = anonymous(), [0]
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.005)
+threading.Thread(target=watch, daemon=True).start()
+start = time.perf_counter()
+assert lightning_zinf.cli.main(sys.argv[1:]) == 0
+print(time.perf_counter() - start, peak[0] - before)
+"""
+
+
+def model_of(args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(args.hidden, args.hidden, bias=False) for _ in range(args.layers)])
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def synced(run: Callable[[], Any]) -> Callable[[], None]:
+    def both() -> None:
+        run()
+        os.sync()
+
+    return both
+
+
+def trained(args: argparse.Namespace, folder: Path, tier: str) -> Ours:
+    """Return an engine after one step, so that there are moments."""
+    model = model_of(args)
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = PartitionConfig(torch.device("cpu"), "32-true", tier, tier, str(folder / "nvme"))  # type: ignore[arg-type]
+    engine = partition(model, config, list(model.parameters()))
+    binding = OptimizerBinding(optimizer, engine)
+    with engine.frame("train") as outputs:
+        outputs.append(model(torch.randn(2, args.hidden)).square().mean())
+    engine.before_backward()
+    outputs[-1].backward()
+    engine.after_backward()
+    optimizer.step()
+    engine.flush()
+    return engine, binding, optimizer
+
+
+def save_ours(ours: Ours, path: Path) -> None:
+    engine, binding, _ = ours
+    checkpoint = {"state_dict": placeholders(engine), "optimizer_states": [optimizer_rest(binding)]}
+    save(engine, checkpoint, path, [binding.optimizer], {})
+
+
+def load_ours(ours: Ours, path: Path) -> None:
+    engine, binding, _ = ours
+    with Checkpoint(path) as source:
+        load_weights(engine, ShardedStateDict(source))
+        load_optimizer(binding, source, 0, source.trainer()["optimizer_states"][0])
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    model = model_of(args)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 1e-3)
+    optimizer.step()
+    names = [name for name, _ in model.named_parameters()]
+    entries = {names[i]: entry for i, entry in optimizer.state_dict()["state"].items()}
+    return {"model": model.state_dict(), "optimizer": entries}
+
+
+def consolidate(path: Path, out: Path) -> tuple[float, int]:
+    arguments = [sys.executable, "-c", MEASURE, "consolidate", str(path), str(out), "--force"]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    seconds, peak = done.stdout.split()[-2:]
+    return float(seconds), int(peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to write (a temporary folder here by default)")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=args.folder or Path.cwd(), prefix="bench-checkpoint-"))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        report(args, folder)
+    finally:
+        dist.destroy_process_group()
+        shutil.rmtree(folder)
+
+
+def report(args: argparse.Namespace, folder: Path) -> None:
+    state = plain(args)
+    nbytes = 12 * args.hidden * args.hidden * args.layers
+    size = f"{nbytes / 12e6:.0f}M parameters, {nbytes / 1e9:.2f} GB of weights and moments"
+    print(f"{size}; {args.rounds} rounds, medians\n")
+    ours = {tier: trained(args, folder / tier, tier) for tier in ("none", "nvme")}
+    times: dict[str, list[float]] = {}
+
+    def note(name: str, seconds: float) -> None:
+        times.setdefault(name, []).append(seconds)
+
+    peak = 0
+    for _ in range(args.rounds):
+        note("save: write and fsync of as many bytes", timed(lambda: raw_write(folder / "raw", nbytes)))
+        note("save: torch.save", timed(synced(lambda: torch.save(state, folder / "torch.pt"))))
+        note("save: DCP", timed(synced(lambda: dcp.save(state, checkpoint_id=folder / "dcp"))))
+        pending: list[Any] = []
+        start = time.perf_counter()
+        pending.append(dcp.async_save(state, checkpoint_id=folder / "dcp-async"))
+        note("stall: DCP async_save", time.perf_counter() - start)
+        pending[0].result()
+        os.sync()
+        for tier, kept in ours.items():
+            note(f"save: zinf, state on {tier}", timed(partial(save_ours, kept, folder / f"{tier}.ckpt")))
+        note("load: torch.load", timed(lambda: torch.load(folder / "torch.pt", weights_only=True)))
+        note("load: DCP", timed(lambda: dcp.load(state, checkpoint_id=folder / "dcp")))
+        for tier, kept in ours.items():
+            note(f"load: zinf, state on {tier}", timed(partial(load_ours, kept, folder / f"{tier}.ckpt")))
+        seconds, used = consolidate(folder / "nvme.ckpt", folder / "one.ckpt")
+        note("consolidate: zinf, checksums first", seconds)
+        peak = max(peak, used)
+    base = statistics.median(times["save: torch.save"])
+    print(f"{'':<42}{'s':>8}{'GB/s':>8}{'x torch.save':>14}")
+    for name, found in times.items():
+        median = statistics.median(found)
+        print(f"{name:<42}{median:>8.2f}{nbytes / median / 1e9:>8.2f}{median / base:>14.2f}")
+    print(f"\nconsolidation used {peak / 2**20:.0f} MiB of anonymous memory at most, budget 256 MiB")
+    for engine, _, _ in ours.values():
+        engine.context.close()
+
+
+def raw_write(path: Path, nbytes: int) -> None:
+    block = torch.randn(4 * 2**20).numpy().tobytes()
+    with open(path, "wb") as file:
+        for _ in range(nbytes // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()
