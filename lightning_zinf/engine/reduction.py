@@ -18,10 +18,11 @@ could be waiting for this one to serve it weights (see ``comm/rounds.py``).
 
 from __future__ import annotations
 
+import functools
 import struct
 import time
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,21 @@ if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
     from lightning_zinf.engine.context import EngineContext
     from lightning_zinf.engine.units import Unit
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _plainly(method: Callable[P, R]) -> Callable[P, R]:
+    """Let a method look at ``p.grad`` of released parameters without going through their ``__torch_function__``."""
+
+    @functools.wraps(method)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch._C.DisableTorchFunctionSubclass():
+            return method(*args, **kwargs)
+
+    return plain
+
 
 PATIENCE_SECONDS = 0.25
 """How long a backward waits for gradients under way before it goes over its budget."""
@@ -61,6 +77,7 @@ class ShardedGradients:
     def take(self, index: int) -> None:
         """Leave the gradient of parameter ``index`` where it is, until the whole buffer goes out."""
 
+    @_plainly
     def hide(self) -> None:
         """Put a guard in the place of every gradient that there is, until the next backward."""
         for index, param in enumerate(self._buffer.params):
@@ -73,6 +90,7 @@ class ShardedGradients:
                 param.grad = guard(param)
                 self._guarded.add(index)
 
+    @_plainly
     def show(self) -> None:
         """Take the guards away again."""
         self._forget_what_the_user_dropped()
@@ -93,6 +111,7 @@ class ShardedGradients:
                 self._hidden.pop(index, None)
             self._forget(dropped, zero=True)
 
+    @_plainly
     def before_backward(self) -> None:
         """Stage 1: move what the last backward left to float32 sums."""
         self.show()
@@ -106,6 +125,7 @@ class ShardedGradients:
                     self._sums[index] = grad.to(torch.float32, copy=True)
                 param.grad = None
 
+    @_plainly
     def own(self) -> list[int]:
         """Return the parameters that have a gradient of this rank that has not gone out."""
         found = {i for i, p in enumerate(self._buffer.params) if p.grad is not None}
@@ -198,6 +218,7 @@ class ShardedGradients:
             self._forget(indices, zero=False)
         return pieces
 
+    @_plainly
     def clear(self, indices: Collection[int]) -> None:
         """Forget the gradients of these parameters."""
         for index in indices:
