@@ -22,7 +22,12 @@ import lightning_zinf
 
 def made(strategy: Any) -> Any:
     """Return a strategy: a dict has options of ours."""
-    return lightning_zinf.ZinfStrategy(**strategy) if isinstance(strategy, dict) else strategy
+    # Whole files, which DDP reads too; sharded ones have tests of their own.
+    return (
+        lightning_zinf.ZinfStrategy(**{"state_dict_type": "full", **strategy})
+        if isinstance(strategy, dict)
+        else strategy
+    )
 
 
 def _numbers(metrics: Any) -> dict[str, float]:
