@@ -355,8 +355,10 @@ class Engine:
         self._after_backward()
         if self.reducer is not None and self.reducer.early and not failed:
             self._finish_reduction("the end of a backward")
-        elif self.reducer is not None:
-            self.reducer.hide()
+        else:
+            for unit in self.units:
+                for buffer in unit.buffers:
+                    buffer.gradients.hide()
 
     def reduce_gradients(self) -> None:
         """An optimizer is about to use the gradients: have all of them reduced over the ranks."""

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from lightning_zinf.engine.guard import KeptGradient, guard, plainly
+
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
     from lightning_zinf.engine.context import EventTicket
@@ -48,6 +50,9 @@ class Gradients(Protocol):
     def before_backward(self) -> None:
         """Make room for the gradients of another backward."""
 
+    def hide(self) -> None:
+        """A backward has ended: let code that uses ``p.grad`` raise where that is not the gradient."""
+
     def collect(self, indices: Collection[int], *, keep: bool) -> list[Piece]:
         """Return the gradient of every parameter among ``indices`` that has one.
 
@@ -76,6 +81,7 @@ class WholeGradients:
         self._arrived: dict[int, Tensor] = {}
         self._tickets: list[EventTicket] = []
         self._plane: Tensor | None = None
+        self._guarded: set[int] = set()
 
     @property
     def _stays(self) -> bool:
@@ -88,7 +94,7 @@ class WholeGradients:
         if self._stays:
             return
         grad = buffer.params[index].grad
-        if grad is None:
+        if grad is None or isinstance(grad, KeptGradient):
             return
         if index in self._arrived:
             self._fold(index)
@@ -103,8 +109,35 @@ class WholeGradients:
         self._arrived[index] = host
         buffer.params[index].grad = None
 
+    @plainly
+    def hide(self) -> None:
+        """Put guards where a gradient is elsewhere, or part of it."""
+        for index in set(self._sums) | set(self._arrived):
+            param = self._buffer.params[index]
+            if isinstance(param.grad, KeptGradient):
+                continue
+            if param.grad is not None:  # the last micro-batch's, whose sum with the others is the gradient
+                self._arrived[index] = param.grad.detach()
+                self._fold(index)
+            param.grad = guard(param)
+            self._guarded.add(index)
+
+    @plainly
+    def _show(self) -> None:
+        """Take the guards away; one that the user has taken away means that the gradient was to go."""
+        for index in self._guarded:
+            param = self._buffer.params[index]
+            if isinstance(param.grad, KeptGradient):
+                param.grad = None
+            else:
+                self._sums.pop(index, None)
+                self._arrived.pop(index, None)
+        self._guarded.clear()
+
     def before_backward(self) -> None:
         """Make room for the gradients of another backward."""
+        self._wait()
+        self._show()
         if not self._stays or self._buffer.compute_dtype == torch.float32:
             return
         for index, param in enumerate(self._buffer.params):
@@ -115,6 +148,8 @@ class WholeGradients:
 
     def collect(self, indices: Collection[int], *, keep: bool) -> list[Piece]:
         """See :meth:`Gradients.collect`."""
+        self._wait()
+        self._show()
         for index in indices:
             self.take(index)
         self._wait()
@@ -127,6 +162,7 @@ class WholeGradients:
         if not keep:
             self._plane = None  # the caller owns it now
             self.clear(indices)
+        self.hide()
         return found
 
     def clear(self, indices: Collection[int]) -> None:
@@ -135,6 +171,7 @@ class WholeGradients:
         for index in indices:
             self._sums.pop(index, None)
             self._arrived.pop(index, None)
+            self._guarded.discard(index)
             self._buffer.params[index].grad = None
 
     def _of(self, index: int) -> Tensor | None:

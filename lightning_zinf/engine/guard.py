@@ -2,15 +2,17 @@
 
 Note [Guards]
 ~~~~~~~~~~~~~
-With several ranks a parameter's gradient is this rank's own until it is reduced, and a shard of everybody's after: not
-what code that reads or scales ``p.grad`` (``torch.nn.utils.clip_grad_norm_``) takes it for. With None in its place such
+With several ranks a parameter's gradient is this rank's own until it is reduced, and a shard of everybody's after. With
+an accelerator it is in host memory, and under accumulation in bfloat16 most of it is in a float32 sum. That is not what
+code that reads or scales ``p.grad`` (``torch.nn.utils.clip_grad_norm_``) takes it for, and with None in its place such
 code would quietly do nothing. So a tensor is put there that answers what shape it has, and raises for everything else.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +20,12 @@ from torch import Tensor
 from lightning_zinf.parameters import METADATA, stand_in
 
 _ALLOWED = METADATA | {getattr(Tensor, name).__get__ for name in ("dtype", "device", "is_cpu", "is_cuda", "grad_fn")}
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class ShardedGradient(Tensor):
-    """Stands for a gradient that the strategy keeps as shards."""
+class KeptGradient(Tensor):
+    """Stands for a gradient that the strategy keeps elsewhere."""
 
     @classmethod
     def __torch_function__(
@@ -37,17 +41,28 @@ class ShardedGradient(Tensor):
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "a function")
         raise RuntimeError(
-            f"{name}: with several ranks the zinf strategy keeps gradients as shards, so p.grad has no values. Clip "
-            "with Trainer(gradient_clip_val=...) or trainer.strategy.clip_grad_norm_(max_norm), and read the norm "
-            "with trainer.strategy.grad_norm()"
+            f"{name}: the zinf strategy keeps this gradient elsewhere (as shards over ranks, in host memory, or summed "
+            "in float32), so p.grad has no values. Clip with Trainer(gradient_clip_val=...) or "
+            "trainer.strategy.clip_grad_norm_(max_norm), and read the norm with trainer.strategy.grad_norm()"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return "ShardedGradient(kept by the zinf strategy)"
+        return "KeptGradient(kept by the zinf strategy)"
 
 
 def guard(like: Tensor) -> Tensor:
     """Return what to put in ``like.grad``."""
     with torch._C.DisableTorchFunctionSubclass():
         value = stand_in(like.shape, like.dtype, like.device)
-        return torch.Tensor._make_subclass(ShardedGradient, value, False)
+        return torch.Tensor._make_subclass(KeptGradient, value, False)
+
+
+def plainly(method: Callable[P, R]) -> Callable[P, R]:
+    """Let a method look at ``p.grad`` of released parameters without going through their ``__torch_function__``."""
+
+    @functools.wraps(method)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch._C.DisableTorchFunctionSubclass():
+            return method(*args, **kwargs)
+
+    return plain

@@ -18,11 +18,10 @@ could be waiting for this one to serve it weights (see ``comm/rounds.py``).
 
 from __future__ import annotations
 
-import functools
 import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,27 +29,12 @@ from torch import Tensor
 from lightning_zinf.comm.group import Collectives, Reduction
 from lightning_zinf.comm.rounds import Rounds
 from lightning_zinf.engine.gradients import Piece, refuse_sparse
-from lightning_zinf.engine.guard import ShardedGradient, guard
+from lightning_zinf.engine.guard import KeptGradient, guard, plainly
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
     from lightning_zinf.engine.context import EngineContext
     from lightning_zinf.engine.units import Unit
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _plainly(method: Callable[P, R]) -> Callable[P, R]:
-    """Let a method look at ``p.grad`` of released parameters without going through their ``__torch_function__``."""
-
-    @functools.wraps(method)
-    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._C.DisableTorchFunctionSubclass():
-            return method(*args, **kwargs)
-
-    return plain
-
 
 PATIENCE_SECONDS = 0.25
 """How long a backward waits for gradients under way before it goes over its budget."""
@@ -77,12 +61,12 @@ class ShardedGradients:
     def take(self, index: int) -> None:
         """Leave the gradient of parameter ``index`` where it is, until the whole buffer goes out."""
 
-    @_plainly
+    @plainly
     def hide(self) -> None:
         """Put a guard in the place of every gradient that there is, until the next backward."""
         for index, param in enumerate(self._buffer.params):
             grad = param.grad
-            if isinstance(grad, ShardedGradient):
+            if isinstance(grad, KeptGradient):
                 continue
             if grad is not None:
                 self._hidden[index] = grad
@@ -90,7 +74,7 @@ class ShardedGradients:
                 param.grad = guard(param)
                 self._guarded.add(index)
 
-    @_plainly
+    @plainly
     def show(self) -> None:
         """Take the guards away again."""
         self._forget_what_the_user_dropped()
@@ -103,7 +87,7 @@ class ShardedGradients:
 
     def _forget_what_the_user_dropped(self) -> None:
         """A guard that is gone means that ``module.zero_grad()`` or ``p.grad = None`` was meant for the gradient."""
-        dropped = {i for i in self._guarded if not isinstance(self._buffer.params[i].grad, ShardedGradient)}
+        dropped = {i for i in self._guarded if not isinstance(self._buffer.params[i].grad, KeptGradient)}
         if dropped:
             self._guarded -= dropped
             for index in dropped:
@@ -111,7 +95,7 @@ class ShardedGradients:
                 self._hidden.pop(index, None)
             self._forget(dropped, zero=True)
 
-    @_plainly
+    @plainly
     def before_backward(self) -> None:
         """Stage 1: move what the last backward left to float32 sums."""
         self.show()
@@ -125,7 +109,7 @@ class ShardedGradients:
                     self._sums[index] = grad.to(torch.float32, copy=True)
                 param.grad = None
 
-    @_plainly
+    @plainly
     def own(self) -> list[int]:
         """Return the parameters that have a gradient of this rank that has not gone out."""
         found = {i for i, p in enumerate(self._buffer.params) if p.grad is not None}
@@ -218,7 +202,7 @@ class ShardedGradients:
             self._forget(indices, zero=False)
         return pieces
 
-    @_plainly
+    @plainly
     def clear(self, indices: Collection[int]) -> None:
         """Forget the gradients of these parameters."""
         for index in indices:

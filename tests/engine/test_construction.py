@@ -62,7 +62,7 @@ def pager_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int],
     """Return configs whose construction has just that budget."""
 
     def make(budget: int = BUDGET) -> PartitionConfig:
-        monkeypatch.setattr("lightning_zinf.engine.construction.construction_budget", lambda config: budget)
+        monkeypatch.setattr("lightning_zinf.engine.construction.construction_budget", lambda config, ranks: budget)
         return config_of(tmp_path)
 
     return make
