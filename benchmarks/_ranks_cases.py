@@ -223,10 +223,10 @@ class Zinf:
 
 def _gradients(buffer: Any) -> list[Tensor]:
     """Return the gradients of a buffer between backward and step; no account of the engine's has them."""
-    from lightning_zinf.engine.guard import ShardedGradient
+    from lightning_zinf.engine.guard import KeptGradient
 
     kept = buffer.gradients
-    found = [p.grad for p in buffer.params if p.grad is not None and not isinstance(p.grad, ShardedGradient)]
+    found = [p.grad for p in buffer.params if p.grad is not None and not isinstance(p.grad, KeptGradient)]
     found += [*getattr(kept, "_sums", {}).values(), *getattr(kept, "_hidden", {}).values()]
     shard = getattr(kept, "_shard", None)
     return found if shard is None else [*found, shard]
