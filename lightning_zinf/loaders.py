@@ -8,10 +8,9 @@ for the first.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
-
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 
 class EvenLoader:
@@ -27,6 +26,8 @@ class EvenLoader:
         self._agree = agree
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # a copy that is being made
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
@@ -36,9 +37,10 @@ class EvenLoader:
             batch = next(batches, missing)
             if not self._agree(batch is not missing):
                 if batch is not missing:
-                    rank_zero_warn(
+                    warnings.warn(
                         "another rank has no more training batches, so the epoch ends here for all: batches that this "
-                        "rank has left are not used. Give all ranks the same number to use all data"
+                        "rank has left are not used. Give all ranks the same number to use all data",
+                        stacklevel=2,
                     )
                 return
             yield batch

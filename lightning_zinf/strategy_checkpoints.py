@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,14 +72,33 @@ class CheckpointsPart(RanksPart):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save what Lightning gathered, with the shards of all ranks."""
         if not self.saves_shards:
-            if self.is_global_zero and is_local(filepath) and local_path(filepath).is_dir():
-                shutil.rmtree(local_path(filepath))  # a sharded one of the same name
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            aside = self._put_shards_aside(filepath)
+            try:
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+            except BaseException:
+                if aside is not None:
+                    aside.rename(local_path(filepath))
+                raise
+            if aside is not None:
+                shutil.rmtree(aside)
             return
         path = self.broadcast(os.fspath(filepath))  # names may have a metric that differs between ranks
         optimizers = [_compat.unwrapped(o) for o in self.optimizers] if "optimizer_states" in checkpoint else []
         versions = {"lightning-zinf": __version__, "torch": str(torch.__version__)}
         save(self.engine, checkpoint, path, optimizers, versions, storage_options)
+
+    def _put_shards_aside(self, path: Any) -> Path | None:
+        """Rename a sharded checkpoint that has the name of a whole one.
+
+        Raises:
+            IsADirectoryError: If there is any other folder of that name, which is not ours to remove.
+        """
+        if not self.is_global_zero or not is_local(path) or not local_path(path).is_dir():
+            return None
+        here = local_path(path)
+        if not (here / MANIFEST).exists():
+            raise IsADirectoryError(f"{here} is a folder that is no checkpoint: give the checkpoint another name")
+        return here.rename(here.with_name(f"{here.name}.replaced-{uuid.uuid4().hex[:8]}"))
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint; of a sharded one the manifest goes first, so that no half of it looks whole."""

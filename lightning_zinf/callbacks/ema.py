@@ -34,8 +34,9 @@ class ZinfEMABody(_Base):
     it is ``decay * average + (1 - decay) * weight``, in float32; the first time it is the weight.
 
     During validation the weights are exchanged with the average, once there is one, and after training they are the
-    average. Checkpoints have the average as ``state_dict`` and the weights as ``current_model_state``, as Lightning's
-    callback writes them, and either resumes from the other's.
+    average. Whole checkpoints have the average as ``state_dict`` and the weights as ``current_model_state``, as
+    Lightning's callback writes them, and either resumes from the other's. Sharded ones have the weights, and the
+    average as a plane beside them: ``zinf consolidate --average`` takes it for the weights.
 
     Args:
         decay: Weight of the old average, from 0 to 1.
@@ -72,7 +73,6 @@ class ZinfEMABody(_Base):
         self._bindings: list[OptimizerBinding] = []
         self._buffers: dict[str, Tensor] = {}
         self._swapped = False
-        self._loaded: Mapping[str, Any] | None = None
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether a step, or the end of an epoch, updates the average; may be overridden.

@@ -69,8 +69,9 @@ class Folder:
         return aside
 
     def put_back(self, aside: str) -> None:
-        """Undo :meth:`put_aside`; the folder must be empty."""
-        os.rmdir(self.path)
+        """Undo :meth:`put_aside`; the folder must be empty, or not there."""
+        if os.path.isdir(self.path):
+            os.rmdir(self.path)
         os.rename(aside, self.path)
 
     def make(self) -> None:

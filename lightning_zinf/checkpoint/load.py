@@ -104,9 +104,9 @@ def _check_keys(engine: Engine, state: ShardedStateDict, expected: Mapping[str, 
         lines.append(f"Unexpected key(s) in state_dict: {', '.join(map(repr, unexpected))}. ")
     for name in state:
         value = expected.get(name)
-        if isinstance(value, Tensor) and tuple(value.shape) != state.source.shape(name):
+        if isinstance(value, Tensor) and tuple(value.shape) != state.shape(name):
             lines.append(
-                f"size mismatch for {name}: copying a param with shape {state.source.shape(name)} from checkpoint, the "
+                f"size mismatch for {name}: copying a param with shape {state.shape(name)} from checkpoint, the "
                 f"shape in current model is {tuple(value.shape)}."
             )
     if lines:
@@ -198,10 +198,13 @@ def load_optimizer(binding: OptimizerBinding, source: Checkpoint, number: int, r
         id(p): (theirs[i], rest["state"].get(i) or {}, group)
         for i, (p, group) in enumerate((p, g) for g in optimizer.param_groups for p in g["params"])
     }
-    updates: list[tuple[FlatBuffer, Update]] = []
-    moves: list[Move] = []
+    moves: dict[int, list[Move]] = {}
     for buffer in binding.buffers():
         names = [where[id(p)][0] if id(p) in where else "" for p in buffer.params]
+        moves[id(buffer)] = _moves(source, buffer, names, {n for n in names if n})
+    _verify(engine, source, [m for found in moves.values() for m in found])
+    updates: list[tuple[FlatBuffer, Update]] = []
+    for buffer in binding.buffers():
         planes: set[str] = set()
         for index, param in enumerate(buffer.params):
             if id(param) in where:
@@ -212,10 +215,7 @@ def load_optimizer(binding: OptimizerBinding, source: Checkpoint, number: int, r
                 there = {p: True for p in own if entry and p in source.locations[name][0].planes}
                 binding.rule.restore(buffer, index, {**there, **entry}, group)
         buffer.need_planes(tuple(sorted(planes)))
-        mine = _moves(source, buffer, names, {n for n in names if n})
-        moves.extend(mine)
-        updates.append((buffer, Load(mine, _putter(source, sorted(planes)))))
-    _verify(engine, source, moves)
+        updates.append((buffer, Load(moves[id(buffer)], _putter(source, sorted(planes)))))
     _apply(engine, updates)
     for group, packed in zip(optimizer.param_groups, rest["param_groups"], strict=True):
         group.update({k: v for k, v in packed.items() if k not in ("params", "param_names")})

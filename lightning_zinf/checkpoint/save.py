@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zinf.checkpoint.files import NAMES, Folder, Writer, header, raw_bytes, write_safetensors
-from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, FileInfo, Manifest, Param
+from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Param
 from lightning_zinf.memory.state import LOW_PLANES, plane_dtype
 from lightning_zinf.optim.state_dict import owned_params
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 """Elements of a plane that are in memory at a time, beside those that are being read."""
+
+
+_OURS = re.compile(r"(shard-[0-9a-f]{12}-\d+-of-\d+|module-[0-9a-f]{12})\.safetensors|trainer-[0-9a-f]{12}\.pt")
+"""Names that only a save gives: what one that was killed left behind. Other files in the folder are not ours."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +99,27 @@ def save(
     shards = engine.context.shards
     names = Names(_agreed_token(engine), shards)
     folder = Folder(path, storage_options)
-    kept = set(checkpoint["state_dict"])
-    buffers = _describe(engine, kept, with_state=bool(optimizers))
+    buffers = _describe(engine, set(checkpoint["state_dict"]), with_state=bool(optimizers))
     written: list[FileInfo] = []
     error = file = ""
-    try:
-        if rank == 0:
+    own: Exception | None = None
+    if rank == 0:
+        try:
             file = folder.put_aside(names.token)
             folder.make()
-        engine.meet("the folder of a checkpoint")
+        except OSError as problem:
+            error = f"rank 0: {problem}"
+    if told := _exchange(engine, json.dumps(error))[0]:
+        _undo(folder, [], file)
+        raise OSError(f"{folder.url} was not saved: {told}")
+    try:
         if rank < shards:  # the other ranks have copies of the same
             folder.make()
             written.append(_write_shard(folder, names.shard(rank), engine, buffers))
         if rank == 0:
             written.extend(_write_rest(folder, names, engine, checkpoint))
-    except OSError as problem:
-        error = f"rank {rank}: {problem}"
+    except Exception as problem:  # also what cannot be pickled: the other ranks have to know
+        error, own = f"rank {rank}: {problem}", problem
     answers = _exchange(engine, json.dumps([error, [asdict(info) for info in written]]))
     errors = [said for said, _ in answers if said]
     if not errors and rank == 0:
@@ -124,6 +134,7 @@ def save(
             versions,
             files,
         )
+        before = _files_of(folder)
         try:
             folder.sync()
             folder.replace(MANIFEST, manifest.to_json().encode())
@@ -131,15 +142,29 @@ def save(
             errors.append(f"rank 0: {problem}")
     outcome = _exchange(engine, json.dumps(errors))
     if any(outcome):
-        folder.remove([info.path for info in written])
-        if file:
-            folder.put_back(file)
+        _undo(folder, written, file)
+        if own is not None and not isinstance(own, OSError):
+            raise own
         raise OSError(f"{folder.url} was not saved: {'; '.join(said for errors in outcome for said in errors)}")
     if rank == 0:
         if file:
             os.unlink(file)
-        stale = [n for n in folder.names() if n.startswith(("shard-", "module-", "trainer-")) and names.token not in n]
-        folder.remove(stale)
+        stale = before | {name for name in folder.names() if _OURS.fullmatch(name)}
+        folder.remove(sorted(stale - {info.path for info in files}))
+
+
+def _files_of(folder: Folder) -> set[str]:
+    """Return the files of the checkpoint that is there already."""
+    try:
+        return {info.path for info in Manifest.from_json(folder.read(MANIFEST), MANIFEST).files}
+    except (FileNotFoundError, CheckpointError):
+        return set()
+
+
+def _undo(folder: Folder, written: Sequence[FileInfo], file: str) -> None:
+    folder.remove([info.path for info in written])
+    if file:
+        folder.put_back(file)
 
 
 def _agreed_token(engine: Engine) -> str:

@@ -177,6 +177,11 @@ class ShardedStateDict(dict[str, Any]):
         value = super().__getitem__(name)
         return self.source.tensor(name) if value is None else value
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without reading it."""
+        value = super().__getitem__(name)
+        return self.source.shape(name) if value is None else tuple(value.shape)
+
     def changed(self) -> dict[str, Tensor]:
         """Return the entries that somebody has put other values into."""
         return {name: value for name, value in super().items() if value is not None}

@@ -78,3 +78,17 @@ class Saves(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch == 0:
             trainer.save_checkpoint(self.path)
+
+
+def fail_to_make_the_folder(rank: int, size: int, folder: Path) -> list[str]:
+    """A file is where a folder would have to be; then all is well again."""
+    _, running = fit(folder, "nvme", 1, size)
+    (folder / "file").write_text("")
+    said = []
+    for path in (folder / "file" / "a.ckpt", folder / "b.ckpt"):
+        try:
+            running.save_checkpoint(path)
+            said.append("")
+        except OSError as error:
+            said.append(str(error))
+    return said

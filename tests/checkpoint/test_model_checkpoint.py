@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import uuid
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_cases import assert_close, assert_same, loader, net, trainer
 from sharded_cases import Model, everything, fit, strategy
@@ -106,3 +108,47 @@ def test_hooks_see_values(tmp_path: Path) -> None:
     found = lightning_zinf.full_state_dict(other)
     expected["head.weight"] = expected["head.weight"] * 2
     assert_same(found, expected)
+
+
+def test_what_is_not_ours_is_never_removed(tmp_path: Path) -> None:
+    """A folder of the user's in the place of a whole checkpoint, and files of his in that of a sharded one."""
+    _, used = fit(tmp_path, "nvme", 1)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("precious.txt", "trainer-notes.txt", "shard-plan.md"):
+        (mine / name).write_text("precious")
+    used.strategy.state_dict_type = "full"
+    with pytest.raises(IsADirectoryError, match="mine is a folder that is no checkpoint"):
+        used.save_checkpoint(mine)
+    used.strategy.state_dict_type = "sharded"
+    for _ in range(2):
+        used.save_checkpoint(mine)
+    assert [(mine / n).read_text() for n in ("precious.txt", "trainer-notes.txt", "shard-plan.md")] == ["precious"] * 3
+    assert len(list(mine.iterdir())) == 3 + 4
+
+
+def test_entries_that_a_hook_adds(tmp_path: Path) -> None:
+    _, used = fit(tmp_path, "nvme", 1)
+    used.save_checkpoint(tmp_path / "a.ckpt")
+
+    class Renamed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("more", torch.zeros(3))
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["more"] = torch.ones(3)
+
+    module = net(Renamed)
+    trainer(tmp_path, strategy("none")).test(module, loader(2), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert torch.equal(module.more, torch.ones(3))
+
+
+def test_what_cannot_be_pickled_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    model, used = fit(tmp_path, "nvme", 1)
+    used.save_checkpoint(tmp_path / "a.ckpt")
+    before = sorted(p.name for p in (tmp_path / "a.ckpt").iterdir())
+    model.on_save_checkpoint = lambda checkpoint: checkpoint.update(hook=lambda: None)
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        used.save_checkpoint(tmp_path / "a.ckpt")
+    assert sorted(p.name for p in (tmp_path / "a.ckpt").iterdir()) == before

@@ -90,3 +90,10 @@ def test_a_full_disk_on_one_rank(tmp_path: Path) -> None:
         for name in ("a.ckpt", "b.ckpt"):
             found = reshards.load(0, 1, tmp_path / "load", "nvme", "32-true", tmp_path / name)
             assert_same(found, state)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    """Rank 0 alone makes it, and all ranks say why not."""
+    for first, second in pool(2).run(reshards.fail_to_make_the_folder, tmp_path):
+        assert "a.ckpt was not saved: rank 0: " in first
+        assert not second
