@@ -13,6 +13,7 @@ the ranks that have the same slice, in float32, and are added up in the order of
 
 from __future__ import annotations
 
+import atexit
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,25 @@ class Ranks:
 
 _built: dict[tuple[Any, ...], Ranks] = {}
 _generation = 0
+
+
+@atexit.register
+def _leave() -> None:
+    """Destroy the process groups while threads of theirs can still be joined.
+
+    A thread of gloo's drops the tensors of a collective some time after the collective is done, and needs the
+    interpreter for that. If it comes to it only when the interpreter is going down, the process aborts. Lightning
+    destroys groups at exit for nccl only. After a failure a collective may be under way that nobody will join, which
+    to wait for would take as long as the timeout.
+    """
+    broken = any(ranks.channel.broken is not None for ranks in _built.values())
+    if broken or not _built or not dist.is_initialized():
+        return
+    for ranks in _built.values():
+        ranks.channel.close()
+        ranks.shard_group = ranks.reduce_group = ranks.replica_group = ranks.world = None
+    _built.clear()
+    dist.destroy_process_group()
 
 
 def ranks_of(shard_size: int | None, timeout: timedelta, local_size: int = 1) -> Ranks:
