@@ -82,13 +82,16 @@ class Pager:
         self.gather([unit])
         self.prefetch()
 
-    def gather(self, units: list[Unit], keep: list[Unit] | None = None, *, whole: bool = False) -> None:
+    def gather(
+        self, units: list[Unit], keep: list[Unit] | None = None, *, whole: bool = False, afresh: bool = False
+    ) -> None:
         """Make units resident for compute.
 
         Args:
             units: Which.
             keep: Units that must not be evicted for them; themselves by default.
             whole: Have the low halves of their masters gathered too.
+            afresh: With several ranks, gather also what is here already.
         """
         with torch.inference_mode(False), torch.no_grad():
             for unit in units:
@@ -97,7 +100,7 @@ class Pager:
             for unit in units:
                 self._start(unit, keep=keep or units)
             if self.rounds is not None:
-                self._agree(self.rounds, units, whole)
+                self._agree(self.rounds, units, whole, afresh)
             for unit in units:
                 if unit.state is UnitState.RESIDENT:
                     for buffer in unit.buffers if self.rounds is not None else ():
@@ -110,14 +113,17 @@ class Pager:
 
     # ------------------------------------------------------------------ with other ranks
 
-    def _agree(self, rounds: Rounds, units: list[Unit], whole: bool) -> None:
+    def _agree(self, rounds: Rounds, units: list[Unit], whole: bool, afresh: bool) -> None:
         """Have ``units`` collected by all ranks, and what the recorded order expects next along with them."""
+        before = rounds.count
 
         def missing() -> list[Want]:
             return [
                 Want(u.index, whole)
                 for u in units
-                if not u.collected or (whole and any(b.split and b.gathered_low is None for b in u.buffers))
+                if not u.collected
+                or (whole and any(b.split and b.gathered_low is None for b in u.buffers))
+                or (afresh and rounds.count == before)
             ]
 
         def ahead() -> list[Want]:
@@ -245,7 +251,9 @@ class Pager:
                 if unit.state is UnitState.HOST:
                     self._host.remove(unit)
                 else:
-                    self.gather([unit], keep=units, whole=True)
+                    # A round in any case: else a rank that still has the weights could change them, and then serve
+                    # its changed shard to one that comes later to do the same.
+                    self.gather([unit], keep=units, whole=True, afresh=unit.moves or unit.flips)
                     for buffer in unit.buffers:
                         buffer.open_master()
                         buffer.gathered_low = None

@@ -76,6 +76,15 @@ def test_a_weight_that_one_rank_reads(offload: str, tmp_path: Path) -> None:
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("offload", ["none", "nvme"])
+def test_a_weight_that_all_ranks_change(offload: str, tmp_path: Path) -> None:
+    plain = pool(2).run(trainers.fit_unevenly, tmp_path, trainers.AllWrite, offload)
+    late = pool(2).run(trainers.fit_unevenly, tmp_path, trainers.AllWriteLate, offload)
+    for (said, weights), (_, expected) in zip(late, plain, strict=True):
+        assert not said
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_a_weight_that_one_rank_changes(tmp_path: Path) -> None:
     for said, _ in pool(2).run(trainers.fit_unevenly, tmp_path, trainers.Writes, "none"):
         assert "ValueError: code outside of training steps changed parameters in different ways on the ranks" in said

@@ -114,6 +114,29 @@ def fit_unevenly(
     return "", lightning_zinf.full_state_dict(model)
 
 
+class AllWrite(Net):
+    """All ranks look at a weight between steps, and scale it later."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        engine = self.trainer.strategy.engine
+        self.seen = float(self.head.weight.detach().sum())
+        engine.release_host()
+        self.between(engine.pager)
+        self.head.weight.data.mul_(0.9)
+
+    def between(self, pager: Any) -> None:
+        pass
+
+
+class AllWriteLate(AllWrite):
+    """One of them comes late, and has to gather what another still has."""
+
+    def between(self, pager: Any) -> None:
+        if self.global_rank == self.global_step % 2:
+            pager.forget_gathered()
+            time.sleep(0.1)
+
+
 class Alone(Net):
     """Rank 0 uses a weight while rank 1 is in something that no rank serves from."""
 
