@@ -28,11 +28,14 @@ class MemoryConfig:
     """How much memory the engine may use for pages, and how the model is cut into units.
 
     Args:
-        host_bytes: Budget in bytes for host memory that pages pass through: gathered weights (on a CPU accelerator) and
-            staging for optimizer state. ``None`` takes a few units' worth, at most a quarter of the free memory. State
-            that ``offload_*="cpu"`` keeps in host memory for good is not counted.
-        device_bytes: Budget in bytes of accelerator memory for gathered weights. ``None`` takes a few units' worth, at
-            most a quarter of the free memory. Not used on a CPU accelerator.
+        host_bytes: Budget in bytes of host memory. Where ``offload_*`` is ``"auto"`` it bounds all that the engine
+            keeps: weights, gradients, optimizer state, and what they pass through; units that do not fit go to NVMe,
+            and ``None`` takes 60 % of the free memory. Where they are all given it bounds only what pages pass
+            through (gathered weights on a CPU accelerator, staging for optimizer state), and ``None`` takes a few
+            units' worth, at most a quarter of the free memory.
+        device_bytes: Budget in bytes of accelerator memory: with ``"auto"`` for all that the engine keeps there, else
+            for gathered weights. ``None`` takes what is given above, of the accelerator's memory. Not used on a CPU
+            accelerator.
         unit_bytes: A module subtree without repeated blocks becomes one unit if its parameters are at most this many
             bytes; larger subtrees are cut along their children.
         full_read_bytes: ``model.state_dict()`` or ``copy.deepcopy(model)`` of a paged model larger than this raises

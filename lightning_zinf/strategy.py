@@ -24,7 +24,7 @@ from lightning_zinf import precision as precisions
 from lightning_zinf.checkpoint.full import full_state_dict
 from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, PartitionConfig, check_offload
 from lightning_zinf.engine.construction import paged_construction
-from lightning_zinf.engine.partition import default_nvme_path, describe, engine_of, forget, partition
+from lightning_zinf.engine.partition import default_nvme_path, describe, engine_of, forget, partition, tiers
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
 from lightning_zinf.strategy_checkpoints import CheckpointsPart
@@ -300,7 +300,7 @@ class ZinfStrategyBody(CheckpointsPart):
         engine = self.engine
         rank_zero_info(
             f"zinf: stage {self.stage}, {self.precision_plugin.precision}, {len(engine.units)} units; "
-            f"weights on {engine.placement.params}, optimizer state on {engine.placement.optimizer}"
+            f"weights on {tiers(engine, 'weights')}, optimizer state on {tiers(engine, 'optimizer state')}"
             + (f", NVMe files in {engine.config.nvme_path}" if engine.context.has_nvme else "")
             + f"\n{describe(engine)}"
         )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zinf import parameters as paging
+from lightning_zinf.config import Tier
 from lightning_zinf.engine.gradients import Gradients, WholeGradients
 from lightning_zinf.engine.reduction import ShardedGradients
 from lightning_zinf.layout import FlatLayout
@@ -52,6 +53,8 @@ class FlatBuffer:
         params: The parameters.
         compute_dtype: Dtype of the weight plane: float32, bfloat16 or float16.
         context: What the engine shares with its buffers.
+        params_tier: Where the weights rest.
+        state_tier: Where optimizer state rests.
     """
 
     weights: Weights
@@ -63,8 +66,12 @@ class FlatBuffer:
         params: Sequence[nn.Parameter],
         compute_dtype: torch.dtype,
         context: EngineContext,
+        params_tier: Tier = "nvme",
+        state_tier: Tier = "host",
     ) -> None:
         self.name = name
+        self.params_tier = params_tier
+        self.state_tier = state_tier
         self.names = list(names)
         self.params = list(params)
         self.compute_dtype = compute_dtype
@@ -142,7 +149,7 @@ class FlatBuffer:
     @property
     def on_device(self) -> bool:
         """Whether updates run on the accelerator."""
-        return self.context.optimizer_tier == "device"
+        return self.state_tier == "device"
 
     @property
     def low_plane(self) -> str | None:
@@ -152,7 +159,7 @@ class FlatBuffer:
     def need_planes(self, planes: tuple[str, ...]) -> None:
         """Make sure that the buffer has these planes of optimizer state; new ones are zero."""
         if self.state is None or not (self.state.planes or set(planes) <= set(self.state.planes)):
-            self.state = self.context.new_state(self.shard_numel, planes, self.context.optimizer_tier)
+            self.state = self.context.new_state(self.shard_numel, planes, self.state_tier)
         else:
             self.state.add_planes(planes)
 

@@ -28,7 +28,6 @@ class EngineContext:
     Args:
         device: Where compute runs.
         counters: The engine's counters.
-        optimizer_tier: Where optimizer state lives.
         aliased: Whether host and device are one memory. ``None`` means: if the device is the CPU. Tests pass False to
             run the code of an accelerator with memory of its own on a CPU.
         comm: The collectives, or None if there is one rank.
@@ -39,7 +38,6 @@ class EngineContext:
         self,
         device: torch.device,
         counters: Counters,
-        optimizer_tier: Tier = "host",
         aliased: bool | None = None,
         comm: Collectives | None = None,
         stage: int = 3,
@@ -49,7 +47,6 @@ class EngineContext:
         self.shards = 1 if comm is None else comm.ranks.shard_size
         self.shard_rank = 0 if comm is None else comm.ranks.shard_rank
         self.device = device
-        self.optimizer_tier = optimizer_tier
         self.counters = counters
         self.aliased = device.type == "cpu" if aliased is None else aliased
         self.fault: Callable[[list[Any], bool], None] = _nobody

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
 from lightning_zinf.memory.machine import free_device_bytes, free_host_bytes
 from lightning_zinf.memory.nvme import NvmeStore
-from lightning_zinf.memory.placement import ModelSize, Placement, place, slot_budget, table, tile_count
+from lightning_zinf.memory.placement import ModelSize, Placement, place, room, slot_budget, table, tile_count
+from lightning_zinf.memory.residency import UnitSize, keep_in_memory
 from lightning_zinf.memory.slots import Slot, SlotRing
 from lightning_zinf.memory.state import NvmeState, bytes_per_element, plane_dtype
 from lightning_zinf.memory.tiles import TileRing
@@ -33,6 +34,8 @@ from lightning_zinf.monitor.counters import Counters
 
 REDUCE_BYTES = 256 * 2**20
 """Most bytes of gradients under way to other ranks, unless a few units have more; small models take less."""
+_SMALLEST_TILE = 4096
+"""Elements: so many of any plane are a multiple of what a disk reads at once."""
 _SHOW_PROGRESS_BYTES = 512 * 2**20
 
 _ENGINES: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
@@ -92,13 +95,15 @@ def partition(
     size = measure(drafts, config.stage)
     free = _free_everywhere(config.device, comm)
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
+    asked = config.memory.host_bytes, config.memory.host_bytes if cpu else config.memory.device_bytes
+    rooms = _Free(room(free.host, asked[0]), room(free.device, asked[1]))
     where = place(
-        size, config.offload_params, config.offload_optimizer, device_free=free.device, host_free=free.host, cpu=cpu
+        size, config.offload_params, config.offload_optimizer, device_room=rooms.device, host_room=rooms.host, cpu=cpu
     )
-    context = EngineContext(config.device, counters, where.optimizer, config.aliased, comm, config.stage)
-    builder = _Builder(config, context, where, size, free)
+    context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
+    builder = _Builder(config, context, where, free)
     try:
-        builder.install(drafts)
+        builder.install(drafts, size, rooms.host)
         with large_blocks_apart():
             units = builder.build(plans, drafts)
             context.drop_scratch()
@@ -108,7 +113,7 @@ def partition(
     assert size.whole is not None
     under_way = min(REDUCE_BYTES, max(4 * size.largest_unit, size.whole // 4))
     engine = Engine(root, units, context, prefetch=config.overlap.prefetch, reduce_bytes=under_way)
-    engine.placement, engine.config = where, config
+    engine.placement, engine.config = builder.where, config
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
 
@@ -133,53 +138,118 @@ def _free_everywhere(device: torch.device, comm: Collectives | None) -> _Free:
 class _Builder:
     """Builds buffers one unit after the other, so that no more than one unit is in memory twice."""
 
-    def __init__(
-        self, config: PartitionConfig, context: EngineContext, where: Placement, size: ModelSize, free: _Free
-    ) -> None:
+    def __init__(self, config: PartitionConfig, context: EngineContext, where: Placement, free: _Free) -> None:
         self._free = free
         self._config = config
         self._context = context
-        self._where = where
-        self._size = size
-        aliased = context.aliased
-        sharded = context.comm is not None and config.stage == 3
-        self._paged = where.params == "nvme" or (where.params == "host" and not aliased) or sharded
+        self.where = where
+        self._weights = 0
+        self._tiers: dict[int, tuple[Tier, Tier]] = {}
 
-    def _state_tier(self, draft: Draft) -> Tier:
-        return self._where.optimizer if draft.learns else self._where.params
+    def _paged(self, tier: Tier) -> bool:
+        """Whether weights that rest there are gathered into slots."""
+        aliased, sharded = self._context.aliased, self._context.comm is not None and self._config.stage == 3
+        return tier == "nvme" or (tier == "host" and not aliased) or sharded
 
-    def install(self, drafts: Sequence[Draft]) -> None:
-        """Make the rings and reserve the room on NVMe that the plan needs."""
-        config, context, size = self._config, self._context, self._size
-        memory = config.memory
-        on_nvme = size.weights if self._where.params == "nvme" else 0
-        on_nvme += sum(NvmeState.bytes_needed(d.shard, d.later_planes) for d in drafts if self._state_tier(d) == "nvme")
-        host_asked = memory.host_bytes
-        if "nvme" in (self._where.params, self._where.optimizer):
+    def _in_host_memory(self, tier: Tier) -> bool:
+        return tier == "host" or (tier == "device" and self._context.aliased)
+
+    def _tiers_of(self, draft: Draft) -> tuple[Tier, Tier]:
+        """Return where a buffer's weights rest, and its state."""
+        params, optimizer = self._tiers[id(draft.plan)]
+        return params, optimizer if draft.learns else params
+
+    def install(self, drafts: Sequence[Draft], size: ModelSize, room: int) -> None:
+        """Make the rings that the plan needs, settle what rests where, and reserve the room on NVMe.
+
+        Args:
+            drafts: The buffers.
+            size: Their sizes.
+            room: Bytes of host memory that may be taken.
+        """
+        config, context, where = self._config, self._context, self.where
+        self._weights = size.weights
+        asked = config.memory.host_bytes
+        moves = "nvme" in (where.params, where.optimizer)
+        auto = "auto" in (config.offload_params, config.offload_optimizer)
+        if asked is not None and moves and auto:  # what rings do not take is for planes that stay in memory
+            slots = size.largest_unit + size.root_unit
+            least = slots + 2 * _SMALLEST_TILE * self._width(drafts)
+            asked = min(asked, max(asked // 2, least, -(-3 * slots // 2)))
+        store: NvmeStore | None = None
+        if moves:
             store = NvmeStore(config.nvme_path, config.io, context.counters)
             context.install(nvme=store)
+            asked = self._install_tiles(drafts, asked)
+            taken = size.gradients + context.tiles.nbytes + (0 if where.optimizer == "nvme" else size.state)
+            if config.offload_params == "auto" and self._in_host_memory(where.params) and taken + size.weights > room:
+                self.where = where = Placement("nvme", where.optimizer)  # as a whole; units that fit stay
+        if self._paged(where.params):
+            self._install_slots(size, asked, auto=auto)
+        self._settle_tiers(drafts, room - size.gradients - sum(n for _, tier, n in context.pages() if tier == "host"))
+        if store is not None:
+            placed = [(d, *self._tiers_of(d)) for d in drafts]
+            on_nvme = sum(d.shard * d.compute_dtype.itemsize for d, params, _ in placed if params == "nvme")
+            on_nvme += sum(NvmeState.bytes_needed(d.shard, d.later_planes) for d, _, state in placed if state == "nvme")
             store.reserve(on_nvme)
-            width = max([8, *(bytes_per_element(d.later_planes) for d in drafts)])
-            numel = min(config.io.tile_numel, max((d.shard for d in drafts), default=4096))
-            largest = max((NvmeState.bytes_needed(d.shard, d.later_planes) for d in drafts), default=0)
-            share = None if host_asked is None else host_asked // 3
-            if share is not None:  # a small budget gets small tiles, two at least
-                numel = min(numel, max(share // (2 * width) // 4096 * 4096, 4096))
-            tiles = tile_count(share, numel * width, largest if self._where.optimizer == "nvme" else 0, self._free.host)
-            ring = TileRing(tiles, numel, width, context.allocate_host, context.counters)
-            context.install(tiles=ring)
-            host_asked = None if host_asked is None else max(0, host_asked - ring.nbytes)
-        if not self._paged:
-            return
+
+    @staticmethod
+    def _width(drafts: Sequence[Draft]) -> int:
+        """Return the bytes of state of an element, where they are the most."""
+        return max([8, *(bytes_per_element(d.later_planes) for d in drafts)])
+
+    def _install_tiles(self, drafts: Sequence[Draft], asked: int | None) -> int | None:
+        """Make the staging for state; return what is left of the budget that was asked for."""
+        config, context = self._config, self._context
+        width = self._width(drafts)
+        numel = min(config.io.tile_numel, max((d.shard for d in drafts), default=4096))
+        largest = max((NvmeState.bytes_needed(d.shard, d.later_planes) for d in drafts), default=0)
+        share = None if asked is None else asked // 3
+        if share is not None:  # a small budget gets small tiles, two at least
+            numel = min(numel, max(share // (2 * width) // _SMALLEST_TILE * _SMALLEST_TILE, _SMALLEST_TILE))
+        tiles = tile_count(share, numel * width, largest if self.where.optimizer == "nvme" else 0, self._free.host)
+        ring = TileRing(tiles, numel, width, context.allocate_host, context.counters)
+        context.install(tiles=ring)
+        return None if asked is None else max(0, asked - ring.nbytes)
+
+    def _install_slots(self, size: ModelSize, asked: int | None, *, auto: bool) -> None:
+        """Make the slots for gathered weights."""
+        config, context = self._config, self._context
+
+        def budget(asked: int | None, free: int, option: str) -> int:
+            wanted = slot_budget(size, asked, free, option)
+            return min(wanted, slot_budget(size, None, max(free, wanted), option)) if auto else wanted
+
         if context.aliased:
-            budget = slot_budget(size, host_asked, self._free.host, "memory.host_bytes")
-            context.install(ring=SlotRing(budget, context.allocate_device, context.counters))
+            slots = budget(asked, self._free.host, "memory.host_bytes")
+            context.install(ring=SlotRing(slots, context.allocate_device, context.counters))
             return
-        budget = slot_budget(size, memory.device_bytes, self._free.device, "memory.device_bytes")
-        context.install(ring=SlotRing(budget, context.allocate_device, context.counters))
-        if self._where.params == "nvme":
-            staging = slot_budget(size, host_asked, self._free.host, "memory.host_bytes")
+        slots = budget(config.memory.device_bytes, self._free.device, "memory.device_bytes")
+        context.install(ring=SlotRing(slots, context.allocate_device, context.counters))
+        if self.where.params == "nvme":
+            staging = budget(asked, self._free.host, "memory.host_bytes")
             context.install(staging=SlotRing(staging, context.allocate_host, context.counters))
+
+    def _settle_tiers(self, drafts: Sequence[Draft], room: int) -> None:
+        """Decide for each unit what rests where."""
+        config, where = self._config, self.where
+        plans = list({id(d.plan): d.plan for d in drafts}.values())
+        sizes = []
+        for plan in plans:
+            own = [d for d in drafts if d.plan is plan]
+            weights = sum(d.padded * d.compute_dtype.itemsize // (d.shards if config.stage == 3 else 1) for d in own)
+            state = sum(NvmeState.bytes_needed(d.shard, d.later_planes) for d in own if d.learns)
+            sizes.append(UnitSize(weights, state, root=not plan.name))
+        if self._in_host_memory(where.params):
+            room -= sum(u.weights for u in sizes)
+        if self._in_host_memory(where.optimizer):
+            room -= sum(u.state for u in sizes)
+        tiers = keep_in_memory(
+            sizes, where, config.offload_params, config.offload_optimizer, room, cpu=self._context.aliased
+        )
+        self._tiers = {
+            id(plan): both for plan, both in zip(plans, zip(tiers.params, tiers.optimizer, strict=True), strict=True)
+        }
 
     def build(self, plans: Sequence[UnitPlan], drafts: Sequence[Draft]) -> list[Unit]:
         """Build every unit, the root's last."""
@@ -190,7 +260,7 @@ class _Builder:
         return [Unit(i, p.name, p.module, by_plan[id(p)]) for i, p in enumerate(kept)]
 
     def _progress(self, drafts: Sequence[Draft]) -> Iterator[Draft]:
-        if self._size.weights < _SHOW_PROGRESS_BYTES or not sys.stderr.isatty():
+        if self._weights < _SHOW_PROGRESS_BYTES or not sys.stderr.isatty():
             yield from drafts
             return
         from rich.console import Console
@@ -201,10 +271,11 @@ class _Builder:
     def _buffer(self, draft: Draft) -> FlatBuffer:
         context = self._context
         label = "/".join([draft.plan.name or "<root>", str(draft.compute_dtype).removeprefix("torch.")])
-        buffer = FlatBuffer(label, draft.names, draft.params, draft.compute_dtype, context)
+        params, state = self._tiers_of(draft)
+        buffer = FlatBuffer(label, draft.names, draft.params, draft.compute_dtype, context, params, state)
         master = self._take_values(buffer)
         if draft.planes:
-            buffer.state = context.new_state(buffer.shard_numel, draft.planes, self._state_tier(draft))
+            buffer.state = context.new_state(buffer.shard_numel, draft.planes, state)
         self._settle(buffer, master)
         return buffer
 
@@ -225,18 +296,18 @@ class _Builder:
 
     def _settle(self, buffer: FlatBuffer, values: Tensor) -> None:
         """Put the weights where they rest, and bind or release the parameters."""
-        context = self._context
-        aliased = context.aliased
-        nvme = context.nvme.allocate(buffer.shard_bytes) if self._where.params == "nvme" else None
-        slot = None if self._paged else Slot(context.allocate_device(buffer.weight_bytes))
+        context, tier = self._context, buffer.params_tier
+        aliased, paged = context.aliased, self._paged(buffer.params_tier)
+        nvme = context.nvme.allocate(buffer.shard_bytes) if tier == "nvme" else None
+        slot = None if paged else Slot(context.allocate_device(buffer.weight_bytes))
         home = None
-        if self._paged and (self._where.params == "device" or (aliased and nvme is None)):
+        if paged and (tier == "device" or (aliased and nvme is None)):
             home = context.allocate_device(buffer.shard_bytes).view(buffer.compute_dtype)
         if aliased:
             buffer.weights = AliasedWeights(buffer, slot, nvme, home)
         else:
             stays = slot is not None or home is not None
-            keeps_copy = self._where.params == "host" or (stays and self._where.optimizer != "device")
+            keeps_copy = tier == "host" or (stays and not buffer.on_device)
             plane = context.allocate_host(buffer.shard_bytes).view(buffer.compute_dtype) if keeps_copy else None
             buffer.weights = DeviceWeights(buffer, slot, plane, nvme, home)
         buffer.weights.claim()
@@ -248,23 +319,33 @@ class _Builder:
             buffer.weights.flat().copy_(values)
             buffer.weights.store()
         buffer.bind()
-        if self._paged or buffer.flips:
+        if paged or buffer.flips:
             buffer.unbind()
 
 
 def residency(engine: Engine) -> list[tuple[str, str, int]]:
     """Return ``(what, tier, bytes)`` of everything that the engine keeps."""
-    rows: list[tuple[str, str, int]] = []
+    sums: dict[tuple[str, str], int] = {}
     buffers = [b for u in engine.units for b in u.buffers]
-    weights = sum(b.weight_bytes if b.persistent else b.shard_bytes for b in buffers)
-    rows.append(("weights", engine.placement.params, weights))
+    for buffer in buffers:
+        key = ("weights", str(buffer.params_tier))
+        sums[key] = sums.get(key, 0) + (buffer.weight_bytes if buffer.persistent else buffer.shard_bytes)
     for plane in dict.fromkeys(p for b in buffers if b.state for p in b.state.planes):
-        nbytes = sum(
-            b.shard_numel * plane_dtype(plane).itemsize for b in buffers if b.state and plane in b.state.planes
-        )
-        rows.append((plane, engine.placement.optimizer, nbytes))
-    rows.extend(engine.context.pages())
-    return rows
+        for buffer in buffers:
+            if buffer.state is not None and plane in buffer.state.planes:
+                key = (plane, str(buffer.state_tier))
+                sums[key] = sums.get(key, 0) + buffer.shard_numel * plane_dtype(plane).itemsize
+    return [(what, tier, nbytes) for (what, tier), nbytes in sums.items()] + engine.context.pages()
+
+
+def tiers(engine: Engine, what: Literal["weights", "optimizer state"]) -> str:
+    """Return the tiers of the weights or of optimizer state, in words."""
+    buffers = [b for u in engine.units for b in u.buffers if what == "weights" or b.trained or b.state is not None]
+    found = {b.params_tier if what == "weights" else b.state_tier for b in buffers}
+    places = {"device", "host", "nvme"} & found or {
+        engine.placement.params if what == "weights" else engine.placement.optimizer
+    }
+    return " and ".join(sorted(places))
 
 
 def describe(engine: Engine) -> str:

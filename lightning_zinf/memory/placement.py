@@ -52,37 +52,53 @@ class Placement:
     optimizer: Tier
 
 
+def room(free: int, budget: int | None) -> int:
+    """Return the bytes that "auto" may take of ``free`` bytes: the user's budget, else a share that leaves some."""
+    return int(COMFORT * free) if budget is None else min(budget, free)
+
+
 def place(
-    size: ModelSize, offload_params: Offload, offload_optimizer: Offload, *, device_free: int, host_free: int, cpu: bool
+    size: ModelSize, offload_params: Offload, offload_optimizer: Offload, *, device_room: int, host_room: int, cpu: bool
 ) -> Placement:
-    """Resolve the offload options.
+    """Resolve the offload options for the model as a whole.
 
     Args:
         size: The model's sizes.
         offload_params: The user's choice for weights.
         offload_optimizer: The user's choice for optimizer state.
-        device_free: Free bytes on the accelerator.
-        host_free: Free bytes of host memory.
+        device_room: Bytes on the accelerator that may be taken.
+        host_room: Bytes of host memory that may be taken.
         cpu: Whether the accelerator is the CPU, so that device and host are one memory.
+
+    Raises:
+        ValueError: If state is to stay on an accelerator that the weights do not stay on.
     """
     names: dict[str, Tier] = {"none": "device", "cpu": "host", "nvme": "nvme"}
-    room, host_room = COMFORT * device_free, COMFORT * host_free
-    if offload_optimizer != "auto":
-        optimizer = names[offload_optimizer]
-    elif size.total <= room:
-        optimizer = "device"
-    else:
-        fits_host = size.state + size.gradients + (size.weights if cpu else 0) <= host_room
-        optimizer = "host" if fits_host and not cpu else "nvme"
+    params: Tier
+    optimizer: Tier
+    everything = offload_params in ("auto", "none") and size.total <= device_room
     if offload_params != "auto":
         params = names[offload_params]
     else:
-        beside = size.gradients if optimizer != "device" else size.gradients + size.state
-        if size.weights + beside <= room:
+        stays = offload_optimizer == "none" or (offload_optimizer == "auto" and everything)
+        if size.weights + size.gradients + (size.state if stays else 0) <= device_room:
             params = "device"
         else:
-            fits_host = size.weights + (size.state + size.gradients if optimizer == "host" else 0) <= host_room
-            params = "host" if fits_host and not cpu else "nvme"
+            params = "host" if not cpu and size.weights + size.gradients <= host_room else "nvme"
+    if offload_optimizer != "auto":
+        optimizer = names[offload_optimizer]
+    elif everything:
+        optimizer = "device"
+    else:
+        beside = size.gradients + (size.weights if params == "host" else 0)
+        optimizer = "host" if not cpu and size.state + beside <= host_room else "nvme"
+    if optimizer == "device" and params != "device" and not cpu:
+        raise ValueError(
+            f"offload_optimizer='none' keeps optimizer state on the accelerator, but the weights would rest in "
+            f"{'host memory' if params == 'host' else 'files on NVMe'} (offload_params={offload_params!r}; they take "
+            f"{_gib(size.weights)}, and {_gib(device_room)} may be taken): a step needs both in one place, so set "
+            "offload_params='none', or offload_optimizer='cpu'"
+        )
     return Placement(params, optimizer)
 
 

@@ -36,6 +36,7 @@ class Where:
         aliased: False runs the code of an accelerator with memory of its own.
         tight: Give pages the least memory there is.
         prefetch: Option ``overlap.prefetch``.
+        share: Allow so much host memory, as a share of all planes and gradients, and leave the rest to the engine.
     """
 
     params: Offload = "none"
@@ -43,9 +44,11 @@ class Where:
     aliased: bool | None = None
     tight: bool = False
     prefetch: bool = True
+    share: float | None = None
 
     def __str__(self) -> str:
         flags = ["device"] * (self.aliased is False) + ["tight"] * self.tight + ["on-demand"] * (not self.prefetch)
+        flags += [f"share-{self.share:g}"] if self.share is not None else []
         return "-".join([self.params, self.optimizer, *flags])
 
 
@@ -79,6 +82,14 @@ def tight_memory(
     tile = min(TILE, max(numel for numel, _ in buffers)) * (max(kept, 8) + low)
     # A third may go to tiles.
     return MemoryConfig(host_bytes=max(least + 2 * tile, -(-least * 3 // 2)), device_bytes=least)
+
+
+def part_of_memory(module: nn.Module, precision: str, units: tuple[str, ...], share: float) -> MemoryConfig:
+    """Return a budget that has room for some of the planes beside what they pass through."""
+    least = tight_memory(module, precision, units)
+    sizes = [buffer for unit in buffer_sizes(module, precision, units).values() for buffer in unit]
+    every = sum(numel * (2 * itemsize + 8 + (2 if itemsize == 2 else 0)) for numel, itemsize in sizes)
+    return MemoryConfig(host_bytes=max(int(share * every), least.host_bytes or 0), device_bytes=least.device_bytes)
 
 
 @dataclass
@@ -196,6 +207,8 @@ def session(
         shards = 1 if ranks is None else ranks.shard_size
         kept = 4 * max(len(planes) for planes in names.values())
         memory = tight_memory(model, precision, case.units, shards, kept) if where.tight else MemoryConfig()
+        if where.share is not None:
+            memory = part_of_memory(model, precision, case.units, where.share)
     config = PartitionConfig(
         device=CPU,
         precision=precision,  # type: ignore[arg-type]

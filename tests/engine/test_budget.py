@@ -15,7 +15,7 @@ from oracle import Recipe, Result, assert_same
 from torch import nn
 
 from lightning_zinf.config import IOConfig, MemoryConfig
-from lightning_zinf.engine.partition import PartitionConfig, engine_of, partition
+from lightning_zinf.engine.partition import PartitionConfig, engine_of, partition, residency
 
 HOST = Where("nvme", "nvme", tight=True)
 DEVICE = Where("nvme", "nvme", aliased=False, tight=True)
@@ -115,3 +115,27 @@ def test_an_operator_that_needs_more_than_the_budget_gets_it_and_is_counted(tmp_
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(norms, expected, strict=True))
         assert counters.overcommits > 0
         assert running.engine.context.ring.peak > running.engine.context.ring.budget
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_larger_budget_keeps_more_in_memory_and_never_more_than_it_allows(precision: str, tmp_path: Path) -> None:
+    """From all on disk to all in memory without a jump: bytes of disk traffic fall as the budget grows."""
+    traffic, kept = [], []
+    for number, share in enumerate([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1]):
+        with session(ZOO["gpt"], tmp_path / str(number), Where("auto", "auto", share=share), precision) as it:
+            for _ in range(3):
+                before = it.engine.counters.nvme_read_bytes + it.engine.counters.nvme_write_bytes
+                it.step()
+                it.engine.flush()
+            traffic.append(it.engine.counters.nvme_read_bytes + it.engine.counters.nvme_write_bytes - before)
+            buffers = [b for u in it.engine.units for b in u.buffers]
+            gradients = sum(b.weight_bytes for b in buffers)
+            in_memory = sum(n for _, tier, n in residency(it.engine) if tier != "nvme")
+            kept.append(in_memory)
+            budget = it.engine.config.memory.host_bytes
+            assert budget is not None
+            assert in_memory + gradients <= budget or traffic[-1] == max(traffic)
+    assert traffic == sorted(traffic, reverse=True)
+    assert traffic[-1] == 0
+    assert len(set(traffic)) >= 5
+    assert kept == sorted(kept)

@@ -22,14 +22,16 @@ PLACES = [
     Where("none", "cpu", aliased=False),
     Where("cpu", "nvme", aliased=False, tight=True),
     Where("nvme", "nvme", aliased=False, tight=True),
+    Where("auto", "auto", share=0.4),
 ]
 MORE_PLACES = [
+    Where("auto", "auto", share=0.9),
+    Where("auto", "auto", aliased=False, share=0.7),
     Where("nvme", "none"),
     Where("none", "cpu"),
     Where("nvme", "nvme"),
     Where("nvme", "nvme", tight=True, prefetch=False),
     Where("cpu", "cpu", aliased=False),
-    Where("cpu", "none", aliased=False),
     Where("nvme", "cpu", aliased=False, tight=True),
     Where("none", "nvme", aliased=False),
     Where("nvme", "nvme", aliased=False, prefetch=False),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_zinf.memory import machine
-from lightning_zinf.memory.placement import COMFORT, ModelSize, Placement, place, slot_budget, table, tile_count
+from lightning_zinf.memory.placement import COMFORT, ModelSize, Placement, place, room, slot_budget, table, tile_count
 
 GIB = 2**30
 MODEL = ModelSize(weights=2 * GIB, state=6 * GIB, gradients=2 * GIB, largest_unit=GIB // 4, root_unit=GIB // 8)
@@ -21,21 +21,16 @@ AMPLE = 1000 * GIB
 
 
 def auto(size: ModelSize, device_free: int, host_free: int, *, cpu: bool) -> Placement:
-    return place(size, "auto", "auto", device_free=device_free, host_free=host_free, cpu=cpu)
-
-
-def enough_for(nbytes: int) -> int:
-    """Return the free memory of which ``nbytes`` are just the share that may be taken."""
-    return int(nbytes / COMFORT) + 1
+    return place(size, "auto", "auto", device_room=device_free, host_room=host_free, cpu=cpu)
 
 
 @pytest.mark.parametrize(
     ("free", "expected"),
     [
-        (enough_for(10 * GIB), Placement("device", "device")),
-        (enough_for(10 * GIB) - 4, Placement("device", "nvme")),
-        (enough_for(4 * GIB), Placement("device", "nvme")),
-        (enough_for(4 * GIB) - 4, Placement("nvme", "nvme")),
+        (10 * GIB, Placement("device", "device")),
+        (10 * GIB - 1, Placement("device", "nvme")),
+        (4 * GIB, Placement("device", "nvme")),
+        (4 * GIB - 1, Placement("nvme", "nvme")),
         (0, Placement("nvme", "nvme")),
     ],
 )
@@ -46,14 +41,14 @@ def test_on_a_cpu_what_does_not_fit_goes_to_disk(free: int, expected: Placement)
 @pytest.mark.parametrize(
     ("device_free", "host_free", "expected"),
     [
-        (enough_for(10 * GIB), 0, Placement("device", "device")),
-        (enough_for(10 * GIB) - 4, enough_for(8 * GIB), Placement("device", "host")),
-        (enough_for(10 * GIB) - 4, enough_for(8 * GIB) - 4, Placement("device", "nvme")),
-        (enough_for(4 * GIB) - 4, enough_for(10 * GIB), Placement("host", "host")),
-        (enough_for(4 * GIB) - 4, enough_for(10 * GIB) - 4, Placement("nvme", "host")),
-        (enough_for(4 * GIB) - 4, enough_for(8 * GIB) - 4, Placement("host", "nvme")),
-        (enough_for(4 * GIB) - 4, enough_for(2 * GIB), Placement("host", "nvme")),
-        (enough_for(4 * GIB) - 4, enough_for(2 * GIB) - 4, Placement("nvme", "nvme")),
+        (10 * GIB, 0, Placement("device", "device")),
+        (10 * GIB - 1, 8 * GIB, Placement("device", "host")),
+        (10 * GIB - 1, 8 * GIB - 1, Placement("device", "nvme")),
+        (4 * GIB - 1, 10 * GIB, Placement("host", "host")),
+        (4 * GIB - 1, 10 * GIB - 1, Placement("host", "nvme")),
+        (4 * GIB - 1, 8 * GIB - 1, Placement("host", "nvme")),
+        (4 * GIB - 1, 4 * GIB, Placement("host", "nvme")),
+        (4 * GIB - 1, 4 * GIB - 1, Placement("nvme", "nvme")),
     ],
 )
 def test_on_an_accelerator_host_memory_comes_before_disk(device_free: int, host_free: int, expected: Placement) -> None:
@@ -63,17 +58,25 @@ def test_on_an_accelerator_host_memory_comes_before_disk(device_free: int, host_
 @pytest.mark.parametrize(("option", "tier"), [("none", "device"), ("cpu", "host"), ("nvme", "nvme")])
 def test_what_the_user_says_is_done(option: str, tier: str) -> None:
     for free in (0, AMPLE):
-        given_both = place(MODEL, option, option, device_free=free, host_free=free, cpu=True)  # type: ignore[arg-type]
+        given_both = place(MODEL, option, option, device_room=free, host_room=free, cpu=True)  # type: ignore[arg-type]
         assert given_both == Placement(tier, tier)  # type: ignore[arg-type]
 
 
 def test_weights_make_room_for_state_that_the_user_keeps_beside_them() -> None:
-    free = enough_for(4 * GIB)
     placed = [
-        place(MODEL, "auto", option, device_free=free, host_free=AMPLE, cpu=False).params  # type: ignore[arg-type]
-        for option in ("nvme", "cpu", "none")
+        place(MODEL, "auto", option, device_room=4 * GIB, host_room=AMPLE, cpu=False).params  # type: ignore[arg-type]
+        for option in ("nvme", "cpu")
     ]
-    assert placed == ["device", "device", "host"]
+    assert placed == ["device", "device"]
+    assert place(MODEL, "auto", "none", device_room=10 * GIB, host_room=AMPLE, cpu=False).params == "device"
+    with pytest.raises(ValueError, match=r"the weights would rest in host memory \(.*they take 2.00 GiB, and 4.00 GiB"):
+        place(MODEL, "auto", "none", device_room=4 * GIB, host_room=AMPLE, cpu=False)
+
+
+def test_a_budget_is_what_may_be_taken_and_else_a_share_of_what_is_free() -> None:
+    assert room(100, None) == int(COMFORT * 100)
+    assert room(100, 90) == 90
+    assert room(100, 110) == 100
 
 
 @given(
@@ -90,8 +93,8 @@ def test_automatic_placement_never_takes_more_than_there_is(
     placed = auto(ModelSize(weights, state, gradients, 0, 0), device_free, host_free, cpu=cpu)
     on_device = weights * (placed.params == "device") + state * (placed.optimizer == "device")
     on_host = weights * (placed.params == "host") + state * (placed.optimizer == "host")
-    assert on_device <= COMFORT * device_free
-    assert on_host <= COMFORT * host_free
+    assert on_device <= device_free
+    assert on_host <= host_free
     assert not (cpu and "host" in (placed.params, placed.optimizer))
 
 
