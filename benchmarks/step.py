@@ -23,12 +23,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-CASES: dict[str, dict[str, str] | None] = {
+_ALL_NVME = {"offload_params": "nvme", "offload_optimizer": "nvme"}
+CASES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "zinf ram": {"offload_params": "none", "offload_optimizer": "none"},
     "zinf state on nvme": {"offload_params": "none", "offload_optimizer": "nvme"},
-    "zinf all on nvme": {"offload_params": "nvme", "offload_optimizer": "nvme"},
+    "zinf all on nvme": _ALL_NVME,
+    "  update in forward": {**_ALL_NVME, "overlap": {"update": "forward"}},
+    "  update at once": {**_ALL_NVME, "overlap": {"update": "step"}},
+    "  no prefetch": {**_ALL_NVME, "overlap": {"update": "forward", "prefetch": False}},
+    "zinf auto": {},
 }
+BEFORE = ["plain", "zinf ram", "zinf state on nvme", "zinf all on nvme"]
 
 
 def child(args: argparse.Namespace) -> None:
@@ -79,10 +85,11 @@ def child(args: argparse.Namespace) -> None:
     loader = torch.utils.data.DataLoader(data, batch_size=args.batch)  # type: ignore[arg-type,var-annotated]
     strategy: Any = "auto"
     if case is not None:
-        from lightning_zinf import MemoryConfig, ZinfStrategy
+        from lightning_zinf import MemoryConfig, OverlapConfig, ZinfStrategy
 
         memory = MemoryConfig(host_bytes=args.host_bytes or None)
-        strategy = ZinfStrategy(nvme_path=args.nvme_path, memory=memory, **case)
+        options = {**case, "overlap": OverlapConfig(**case.get("overlap", {}))}
+        strategy = ZinfStrategy(nvme_path=args.nvme_path, memory=memory, **options)
     clock = Clock()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -143,7 +150,7 @@ def main() -> None:
     parser.add_argument("--host-bytes", type=int, default=0, help="memory.host_bytes of the nvme cases; 0 = default")
     parser.add_argument("--disk", type=float, default=0.0, help="GB/s of the disk, reading and writing at once")
     parser.add_argument("--nvme-path", default="")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=BEFORE, choices=list(CASES))
     parser.add_argument("--json", default="", help="write the results to this file")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -40,6 +40,23 @@ def instances_of(package: str, callbacks: Iterable[object], names: Iterable[str]
     return [type(callback).__name__ for callback in callbacks if isinstance(callback, kinds)]
 
 
+def looks_at_gradients(package: str, trainer: Any, module: Any) -> bool:
+    """Whether code between backward and the optimizer step may want to see or change all gradients.
+
+    Args:
+        package: The Lightning package.
+        trainer: The Trainer.
+        module: Its LightningModule.
+    """
+    overridden = part(package, "utilities.model_helpers").is_overridden
+    hooks = ("on_after_backward", "on_before_optimizer_step")
+    return (
+        bool(trainer.gradient_clip_val)
+        or any(overridden(hook, module) for hook in (*hooks, "configure_gradient_clipping", "backward"))
+        or any(overridden(hook, callback) for hook in hooks for callback in trainer.callbacks)
+    )
+
+
 def tell_scaler(scaler: Any, optimizer: torch.optim.Optimizer, found_inf: bool) -> None:
     """Tell a GradScaler, whose own look at ``p.grad`` finds nothing, what its ``update`` has to go by."""
     device = scaler._scale.device

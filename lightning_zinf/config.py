@@ -61,9 +61,19 @@ class OverlapConfig:
     Args:
         prefetch: Read units ahead of their use, in the order that the previous step recorded. ``False`` fetches on
             demand (for debugging; results are the same).
+        update: When offloaded state is updated; results are the same. ``auto``: in backward, as gradients are complete,
+            where nothing needs all of them first (clipping by norm, loss scaling, ``on_after_backward``,
+            ``on_before_optimizer_step`` and the like; one process), else in the next forward just before the weights
+            are used. ``forward``: always the latter, so that a step which fails in backward has changed no weight.
+            ``step``: at once, in ``optimizer.step()`` (for debugging and comparison).
     """
 
     prefetch: bool = True
+    update: Literal["auto", "forward", "step"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.update not in ("auto", "forward", "step"):
+            raise ValueError(f"overlap.update must be 'auto', 'forward' or 'step', got {self.update!r}")
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,8 @@ class ZinfPrecisionBody(_Base):
         """Run the closure and step; in ``16-mixed`` the step is left out if a gradient on any rank is not finite."""
         inner = _compat.unwrapped(optimizer)
         if self.scaler is None or not self.scaler.is_enabled() or _compat.is_mock(self._package, inner):
+            if self._may_step_in_backward(model) and not _compat.is_mock(self._package, inner):
+                binding_of(inner).early = True
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
         result = closure()
         if result is None and model.automatic_optimization:  # there was no backward
@@ -134,6 +136,18 @@ class ZinfPrecisionBody(_Base):
         _compat.tell_scaler(self.scaler, inner, not finite)
         self.scaler.update()
         return stepped
+
+    def _may_step_in_backward(self, model: LightningModule) -> bool:
+        """Whether a step may be taken unit by unit as gradients are complete."""
+        engine, trainer = self._strategy.engine, model.trainer
+        return (
+            engine.config.overlap.update == "auto"
+            and engine.rounds is None
+            and self.scaler is None
+            and model.automatic_optimization
+            and len(self._strategy.optimizers) == 1
+            and not _compat.looks_at_gradients(self._package, trainer, model)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loss scale and when it will grow."""

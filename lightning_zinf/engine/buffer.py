@@ -178,7 +178,7 @@ class FlatBuffer:
         """Start to bring the weights; return False if there is no slot for them now and ``force`` is not set."""
         if not self.weights.start(force=force, pending=bool(self.pending)):
             return False
-        if self.pending and self.state is not None:
+        if (self.pending or self.context.updates_soon(self)) and self.state is not None:
             self.state.prefetch()
         return True
 

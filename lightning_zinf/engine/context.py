@@ -51,6 +51,7 @@ class EngineContext:
         self.aliased = device.type == "cpu" if aliased is None else aliased
         self.fault: Callable[[list[Any], bool], None] = _nobody
         self.computing: Callable[[], bool] = _never
+        self.updates_soon: Callable[[Any], bool] = _not_soon
         self.retire: Callable[[Any], None] = _nobody
         self.changes = 0
         self.last_change = ""
@@ -226,6 +227,10 @@ class EngineContext:
 
 
 def _never() -> bool:
+    return False
+
+
+def _not_soon(_: Any) -> bool:
     return False
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,7 @@ class Engine:
         self.context = context
         self.counters = context.counters
         self.pager = Pager(units, context, self._live, prefetch=prefetch)
+        self.early = self.pager.early
         self.rounds: Rounds | None = None
         self.reducer: Reducer | None = None
         if context.comm is not None:
@@ -146,6 +147,7 @@ class Engine:
         self._handles: list[Any] = []
         context.fault = self._on_fault
         context.computing = self._computing
+        context.updates_soon = lambda buffer: self.early.expected(self.pager.unit_with(buffer))
         self._install_hooks()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -173,7 +175,7 @@ class Engine:
             self._handles += [pre, post]
         engine = weakref.ref(self)  # hooks of tensors hide from the garbage collector what they hold
         for unit in self.units:
-            if not unit.persistent or not self.context.aliased or self.reducer is not None:
+            if unit.moves or not self.context.aliased or self.reducer is not None:
                 for i, buffer in enumerate(unit.buffers):
                     for j, param in enumerate(buffer.params):
                         hook = functools.partial(_grad_arrived, engine, unit.index, (i, j))
@@ -231,7 +233,7 @@ class Engine:
         if len(self._frames) == 1 and not in_backward():
             self.pager.flush_host()
             self.pager.gather(self._flipping)
-            if self._needs_net and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and (self._needs_net or self._watches):
                 self._net.enter()
                 frame.net = True
         for needed in frame.needs:
@@ -260,6 +262,7 @@ class Engine:
         for unit in [u for u in self.pager.held if not u.has_trainable and id(u) not in wanted]:
             self.pager.release(unit)  # nothing will tell when a frozen unit is done; the next unit's turn does
         for unit in needs:
+            self.early.touched(unit)
             self.pager.need(unit)
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -275,12 +278,19 @@ class Engine:
             unit.fired.clear()
             if reducer is not None:
                 reducer.complete(unit)
+            else:
+                self.early.complete(unit)
             if unit.index not in self._live():
                 self.pager.release(unit)
 
     def _live(self) -> set[int]:
         """Return the index of every unit that running frames need."""
         return {u.index for f in self._frames for u in f.needs}
+
+    @property
+    def _watches(self) -> bool:
+        """Whether it is yet to be seen if weights that stay in place may be updated in backward."""
+        return self._any_moves and self.reducer is None and self.early.learning
 
     def _computing(self) -> bool:
         """Whether a use of a parameter now is one of a step."""
@@ -339,6 +349,7 @@ class Engine:
         for unit in self.units:
             for buffer in unit.buffers:
                 buffer.gradients.before_backward()
+        self.early.begin()
         if self._needs_net:  # recomputation saves tensors too, and so does a backward that builds a graph
             self._net.enter()
             self._backward_nets += 1
@@ -352,6 +363,7 @@ class Engine:
         if self._backward_nets:
             self._backward_nets -= 1
             self._net.exit()
+        self.early.end()
         self._after_backward()
         if self.reducer is not None and self.reducer.early and not failed:
             self._finish_reduction("the end of a backward")
@@ -425,8 +437,18 @@ class Engine:
     def stepped(self) -> None:
         """An optimizer step is complete: start to fetch what the next training step begins with."""
         self.pager.arrive()
-        if self.pager.has_pending:
+        if self.config.overlap.update == "step":
+            self.pager.flush()
+        elif self.pager.has_pending:
             self.pager.prefetch(wrap=True)
+
+    def updating_early(self, apply: Callable[[Unit], None]) -> AbstractContextManager[None]:
+        """Update units in a backward that runs inside, as far as that gives the same bits.
+
+        Args:
+            apply: Updates a unit whose gradients are complete.
+        """
+        return self.early.allowed(apply)
 
     def loaded(self, unit: Unit) -> AbstractContextManager[Unit]:
         """Have a unit's weights loaded and its updates applied, to read or replace whole planes."""

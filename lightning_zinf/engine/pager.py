@@ -13,6 +13,7 @@ want.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,11 +23,14 @@ from torch import Tensor, nn
 from lightning_zinf.comm.rounds import Rounds, Want
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
+from lightning_zinf.engine.early import EarlyUpdates
 from lightning_zinf.engine.schedule import Schedule
 from lightning_zinf.engine.units import Unit, UnitState
 from lightning_zinf.optim.update import Update
 from lightning_zinf.parameters import owner_of
 
+STATES_AHEAD = 4
+"""Units whose state is fetched ahead in backward, where their weights are there already."""
 MAX_HOST_UNITS = 2
 """Units that code outside of a training step keeps in memory at once, unless it holds on to more."""
 
@@ -54,6 +58,7 @@ class Pager:
         self._live = live
         self._prefetch_on = prefetch
         self.rounds: Rounds | None = None
+        self.early = EarlyUpdates(units)
         self._wanted: list[Unit] = []
         self._arriving: list[FlatBuffer] = []
         self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
@@ -62,6 +67,9 @@ class Pager:
         for unit in units:
             if not unit.moves and not unit.flips:
                 unit.state = UnitState.RESIDENT  # for good
+            for buffer in unit.buffers:
+                if buffer.persistent and buffer.deferred:
+                    self._by_storage[buffer.storage_key()] = buffer
 
     def unit_of(self, param: nn.Parameter) -> tuple[Unit, FlatBuffer, int] | None:
         """Return where a parameter lives, or None if it is not of these units."""
@@ -217,6 +225,10 @@ class Pager:
         for unit in self.held:
             if unit.state is UnitState.LOADING:
                 unit.prefetch_state()
+        if self.early.running:  # state of weights that stay in place, too
+            for index in dict.fromkeys(itertools.islice(self.schedule.ahead(), STATES_AHEAD)):
+                if self.units[index].persistent and self.early.expected(self.units[index]):
+                    self.units[index].prefetch_state()
         with torch.inference_mode(False), torch.no_grad():
             self._start_ahead(wrap=wrap)
 
@@ -293,6 +305,7 @@ class Pager:
     def refill(self, buffer: FlatBuffer) -> Tensor:
         """Make the buffer's unit resident for backward and return the flat weights."""
         unit = self.unit_with(buffer)
+        self.early.touched(unit)
         if unit.state is not UnitState.RESIDENT:
             self.counters.refills += 1
             self.gather([unit])
@@ -362,6 +375,21 @@ class Pager:
                     self._arriving.append(buffer)
                 torch.autograd.graph.increment_version(buffer.params)
                 self.release(unit)  # code that changes weights between steps must find the master
+
+    def update_now(self, unit: Unit, updates: list[tuple[FlatBuffer, Update]]) -> None:
+        """Apply an optimizer step to a unit in backward, where its weights are as a rule; else when they come."""
+        if not updates:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for buffer, update in updates:
+                buffer.pending.append(update)
+            if unit.persistent or unit.state is UnitState.RESIDENT:
+                for buffer, _ in updates:
+                    buffer.settle()
+                    torch.autograd.graph.increment_version(buffer.params)
+            else:
+                self.release(unit, stale=True)
+        self.has_pending = True
 
     def arrive(self) -> None:
         """Wait for weights that were updated in place to come from all ranks."""

@@ -99,9 +99,9 @@ class Unit:
         return all(b.collected for b in self.buffers)
 
     def prefetch_state(self) -> None:
-        """Start to fetch the state that pending updates need, as far as staging has room."""
+        """Start to fetch the state that pending updates need, or that backward will, as far as staging has room."""
         for buffer in self.buffers:
-            if buffer.pending and buffer.state is not None:
+            if buffer.state is not None and (buffer.pending or buffer.context.updates_soon(buffer)):
                 buffer.state.prefetch()
 
     def expected(self) -> set[tuple[int, int]]:

@@ -11,8 +11,10 @@ class; and a scheduler has put a wrapper of the old ``step`` on the instance, wh
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ from lightning_zinf.optim.update import Rule, clip_coefficient
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
     from lightning_zinf.engine.engine import Engine
+    from lightning_zinf.engine.units import Unit
 
 _BINDINGS: weakref.WeakKeyDictionary[torch.optim.Optimizer, OptimizerBinding] = weakref.WeakKeyDictionary()
 
@@ -49,6 +52,7 @@ class OptimizerBinding:
         self.unscale = 1.0  # undoes the scaling of the loss
         self.grad_scale = 1.0
         self.clip_value: float | None = None
+        self.early = False  # whether the coming step may be taken in backward
         self.average: float | None = None  # weight of the old running average in the coming step
         self.averaged = 0  # updates that it has had
         self._optimizer = weakref.ref(optimizer)
@@ -135,6 +139,38 @@ class OptimizerBinding:
 
     # ------------------------------------------------------------------ the step
 
+    @contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """Where ``early`` is set, take the coming step unit by unit in a backward that runs inside."""
+        early, self.early = self.early, False
+        if not early:
+            yield
+            return
+        groups = {id(buffer): (buffer, own) for buffer, own in self._by_buffer()}
+
+        def apply(unit: Unit) -> None:
+            updates = []
+            for buffer in unit.buffers:
+                if id(buffer) not in groups or not buffer.deferred:
+                    continue
+                own = groups[id(buffer)][1]
+                if pieces := buffer.gradients.collect(own, keep=False):
+                    updates.append((buffer, self.rule.capture(buffer, pieces, own, 1.0, None)))
+            self.engine.pager.update_now(unit, updates)
+
+        try:
+            with self.engine.updating_early(apply):
+                yield
+        except BaseException:
+            if count := len(self.engine.early.updated):
+                warnings.warn(
+                    f"backward failed when {count} of {len(self.engine.units)} units had taken its optimizer step "
+                    "already: they are one step ahead of the others. Go on from a checkpoint, or set "
+                    "overlap.update='forward', where a step that fails in backward changes nothing",
+                    stacklevel=2,
+                )
+            raise
+
     def step(self) -> None:
         """Take one optimizer step, now or just in time."""
         scale, clip_value, average = self.grad_scale * self.unscale, self.clip_value, self.average
@@ -188,7 +224,7 @@ def binding_of(optimizer: torch.optim.Optimizer) -> OptimizerBinding:
 def _step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
     loss = None
     if closure is not None:
-        with torch.enable_grad():
+        with torch.enable_grad(), binding_of(self).in_backward():
             loss = closure()
     self._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks for
     binding_of(self).step()

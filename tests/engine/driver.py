@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from models import Case
@@ -36,6 +37,8 @@ class Where:
         aliased: False runs the code of an accelerator with memory of its own.
         tight: Give pages the least memory there is.
         prefetch: Option ``overlap.prefetch``.
+        early: Let steps be taken in backward, where the recipe does not clip.
+        update: Option ``overlap.update``.
         share: Allow so much host memory, as a share of all planes and gradients, and leave the rest to the engine.
     """
 
@@ -45,9 +48,12 @@ class Where:
     tight: bool = False
     prefetch: bool = True
     share: float | None = None
+    early: bool = False
+    update: Literal["auto", "forward", "step"] = "auto"
 
     def __str__(self) -> str:
         flags = ["device"] * (self.aliased is False) + ["tight"] * self.tight + ["on-demand"] * (not self.prefetch)
+        flags += ["early"] * self.early + [self.update] * (self.update != "auto")
         flags += [f"share-{self.share:g}"] if self.share is not None else []
         return "-".join([self.params, self.optimizer, *flags])
 
@@ -106,6 +112,7 @@ class Session:
     precision: str
     number: int = 0
     stride: int = 1
+    early: bool = False
     losses: list[float] = field(default_factory=list)
 
     def forward(self, loss: Callable[[], Tensor] | None = None, kind: str = "train") -> Tensor:
@@ -149,9 +156,15 @@ class Session:
     def step(self) -> None:
         """One optimizer step over its micro-batches."""
         self.optimizer.zero_grad()
-        for _ in range(self.recipe.accumulate):
+        for _ in range(self.recipe.accumulate - 1):
             self.micro_step()
-        self.update()
+        if self.early and self.recipe.clip_norm is None and self.recipe.clip_value is None:
+            self.binding.early = True
+            self.optimizer.step(self.micro_step)
+            self.schedule.step()
+        else:
+            self.micro_step()
+            self.update()
 
     def train(self, steps: int | None = None) -> Session:
         for _ in range(self.recipe.steps if steps is None else steps):
@@ -217,7 +230,7 @@ def session(
         nvme_path=str(folder / "nvme"),
         units=case.units,
         memory=memory,
-        overlap=OverlapConfig(prefetch=where.prefetch),
+        overlap=OverlapConfig(prefetch=where.prefetch, update=where.update),
         io=io or IOConfig(tile_numel=TILE, threads=2, backend="threads"),
         aliased=where.aliased,
         stage=stage,
@@ -228,7 +241,7 @@ def session(
     try:
         binding = OptimizerBinding(optimizer, engine)
         first, world = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
-        yield Session(model, engine, binding, optimizer, schedule, case, recipe, precision, number=first, stride=world)
+        yield Session(model, engine, binding, optimizer, schedule, case, recipe, precision, first, world, where.early)
     finally:
         engine.context.close()
 
