@@ -103,7 +103,7 @@ def partition(
     context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
     builder = _Builder(config, context, where, free)
     try:
-        builder.install(drafts, size, rooms.host)
+        builder.install(drafts, size, rooms)
         with large_blocks_apart():
             units = builder.build(plans, drafts)
             context.drop_scratch()
@@ -159,13 +159,13 @@ class _Builder:
         params, optimizer = self._tiers[id(draft.plan)]
         return params, optimizer if draft.learns else params
 
-    def install(self, drafts: Sequence[Draft], size: ModelSize, room: int) -> None:
+    def install(self, drafts: Sequence[Draft], size: ModelSize, rooms: _Free) -> None:
         """Make the rings that the plan needs, settle what rests where, and reserve the room on NVMe.
 
         Args:
             drafts: The buffers.
             size: Their sizes.
-            room: Bytes of host memory that may be taken.
+            rooms: Bytes that may be taken.
         """
         config, context, where = self._config, self._context, self.where
         self._weights = size.weights
@@ -182,11 +182,20 @@ class _Builder:
             context.install(nvme=store)
             asked = self._install_tiles(drafts, asked)
             taken = size.gradients + context.tiles.nbytes + (0 if where.optimizer == "nvme" else size.state)
-            if config.offload_params == "auto" and self._in_host_memory(where.params) and taken + size.weights > room:
+            if (
+                config.offload_params == "auto"
+                and self._in_host_memory(where.params)
+                and taken + size.weights > rooms.host
+            ):
                 self.where = where = Placement("nvme", where.optimizer)  # as a whole; units that fit stay
         if self._paged(where.params):
             self._install_slots(size, asked, auto=auto)
-        self._settle_tiers(drafts, room - size.gradients - sum(n for _, tier, n in context.pages() if tier == "host"))
+        rings = {tier: sum(n for _, t, n in context.pages() if t == tier) for tier in ("host", "device")}
+        self._settle_tiers(
+            drafts,
+            _Free(rooms.host - size.gradients - rings["host"], rooms.device - rings["device"]),
+            size.largest_unit,
+        )
         if store is not None:
             placed = [(d, *self._tiers_of(d)) for d in drafts]
             on_nvme = sum(d.shard * d.compute_dtype.itemsize for d, params, _ in placed if params == "nvme")
@@ -230,8 +239,8 @@ class _Builder:
             staging = budget(asked, self._free.host, "memory.host_bytes")
             context.install(staging=SlotRing(staging, context.allocate_host, context.counters))
 
-    def _settle_tiers(self, drafts: Sequence[Draft], room: int) -> None:
-        """Decide for each unit what rests where."""
+    def _settle_tiers(self, drafts: Sequence[Draft], rooms: _Free, largest: int) -> None:
+        """Decide for each unit what rests where, with the bytes that are left and those of the largest unit."""
         config, where = self._config, self.where
         plans = list({id(d.plan): d.plan for d in drafts}.values())
         sizes = []
@@ -240,12 +249,17 @@ class _Builder:
             weights = sum(d.padded * d.compute_dtype.itemsize // (d.shards if config.stage == 3 else 1) for d in own)
             state = sum(NvmeState.bytes_needed(d.shard, d.later_planes) for d in own if d.learns)
             sizes.append(UnitSize(weights, state, root=not plan.name))
-        if self._in_host_memory(where.params):
-            room -= sum(u.weights for u in sizes)
-        if self._in_host_memory(where.optimizer):
-            room -= sum(u.state for u in sizes)
+        weights, state = sum(u.weights for u in sizes), sum(u.state for u in sizes)
+        host = rooms.host - weights * self._in_host_memory(where.params) - state * self._in_host_memory(where.optimizer)
+        device = rooms.device - weights * (where.params == "device") - largest  # gradients of a unit on their way
         tiers = keep_in_memory(
-            sizes, where, config.offload_params, config.offload_optimizer, room, cpu=self._context.aliased
+            sizes,
+            where,
+            config.offload_params,
+            config.offload_optimizer,
+            host,
+            cpu=self._context.aliased,
+            device_room=device,
         )
         self._tiers = {
             id(plan): both for plan, both in zip(plans, zip(tiers.params, tiers.optimizer, strict=True), strict=True)

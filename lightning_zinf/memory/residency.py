@@ -2,8 +2,8 @@
 
 Note [Residency]
 ~~~~~~~~~~~~~~~~
-What goes to NVMe is decided for the model as a whole (``placement.py``). Memory that is left over then keeps the planes
-of some units. A byte of a weight saves three transfers a step (read for forward and for backward, written once), a
+What goes to host memory and to NVMe is decided for the model as a whole (``placement.py``). Memory that is left over,
+the accelerator's and the host's, then keeps the planes of some units. A byte of a weight saves three transfers a step (read for forward and for backward, written once), a
 byte of state saves two, so weights come first. The units that stay are spread evenly over the model: those between them
 then have the time of more compute to come and go, and a step has no stretch that waits for the disk and another where
 the disk is idle. A static choice beats a cache, whose units would push each other out in every step.
@@ -54,8 +54,9 @@ def keep_in_memory(
     room: int,
     *,
     cpu: bool,
+    device_room: int = 0,
 ) -> Residency:
-    """Move planes from NVMe to memory, as far as there is room and the user has not said where they are to be.
+    """Move planes to faster tiers, as far as there is room and the user has not said where they are to be.
 
     Args:
         units: The units.
@@ -64,23 +65,34 @@ def keep_in_memory(
         offload_optimizer: The user's choice for optimizer state.
         room: Bytes of host memory that are left.
         cpu: Whether the accelerator is the CPU, so that device and host are one memory.
+        device_room: Bytes of the accelerator's own memory that are left.
     """
-    memory: Tier = "device" if cpu else "host"
+    root = [u.root for u in units]
     params: list[Tier] = [where.params] * len(units)
     optimizer: list[Tier] = [where.optimizer] * len(units)
+    if not cpu and offload_params == "auto" and where.params != "device":
+        device_room = _take(params, [u.weights for u in units], root, "device", device_room)
+    if not cpu and offload_optimizer == "auto" and where.optimizer != "device":
+        # A step needs weights and state in one place, and gradients then stay there too.
+        sizes = [u.state + u.weights if t == "device" else None for u, t in zip(units, params, strict=True)]
+        _take(optimizer, sizes, root, "device", device_room)
+    memory: Tier = "device" if cpu else "host"
     if where.params == "nvme" and offload_params == "auto":
-        room = _take(params, [u.weights for u in units], [u.root for u in units], memory, room)
+        sizes = [u.weights if t == "nvme" else None for u, t in zip(units, params, strict=True)]
+        room = _take(params, sizes, root, memory, room)
     if where.optimizer == "nvme" and offload_optimizer == "auto":
-        _take(optimizer, [u.state for u in units], [u.root for u in units], memory, room)
+        sizes = [u.state if t == "nvme" else None for u, t in zip(units, optimizer, strict=True)]
+        _take(optimizer, sizes, root, memory, room)
     return Residency(tuple(params), tuple(optimizer))
 
 
-def _take(tiers: list[Tier], sizes: Sequence[int], root: Sequence[bool], memory: Tier, room: int) -> int:
-    """Put units into memory while there is room; return what is left of it."""
+def _take(tiers: list[Tier], sizes: Sequence[int | None], root: Sequence[bool], memory: Tier, room: int) -> int:
+    """Put units that have a size into ``memory`` while there is room; return what is left of it."""
     for index in _spread(root):
-        if sizes[index] <= room:
+        size = sizes[index]
+        if size is not None and size <= room:
             tiers[index] = memory
-            room -= sizes[index]
+            room -= size
     return room
 
 

@@ -95,7 +95,10 @@ def part_of_memory(module: nn.Module, precision: str, units: tuple[str, ...], sh
     least = tight_memory(module, precision, units)
     sizes = [buffer for unit in buffer_sizes(module, precision, units).values() for buffer in unit]
     every = sum(numel * (2 * itemsize + 8 + (2 if itemsize == 2 else 0)) for numel, itemsize in sizes)
-    return MemoryConfig(host_bytes=max(int(share * every), least.host_bytes or 0), device_bytes=least.device_bytes)
+    return MemoryConfig(
+        host_bytes=max(int(share * every), least.host_bytes or 0),
+        device_bytes=(least.device_bytes or 0) + int(share * every) // 2,
+    )
 
 
 @dataclass

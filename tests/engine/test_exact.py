@@ -26,7 +26,9 @@ PLACES = [
 ]
 MORE_PLACES = [
     Where("auto", "auto", share=0.9),
-    Where("auto", "auto", aliased=False, share=0.7),
+    Where("auto", "auto", aliased=False, share=0.4),
+    Where("auto", "auto", aliased=False, share=0.6),
+    Where("auto", "auto", aliased=False, share=0.8),
     Where("nvme", "none"),
     Where("none", "cpu"),
     Where("nvme", "nvme"),

@@ -61,3 +61,17 @@ def test_what_the_user_says_is_done(cpu: bool, memory: str) -> None:
     mixed = keep_in_memory(units, Placement("host", "nvme"), "auto", "auto", 5, cpu=cpu)
     assert mixed.params == ("host",) * 3
     assert sorted(mixed.optimizer) == sorted((memory, "nvme", "nvme"))
+
+
+@given(SIZES, st.integers(0, 2000), st.integers(0, 2000), st.sampled_from(["device", "host", "nvme"]))
+def test_an_accelerator_keeps_what_it_has_room_for(units: list[UnitSize], host: int, device: int, params: str) -> None:
+    where = Placement(params, "nvme")  # type: ignore[arg-type]
+    found = keep_in_memory(units, where, "auto", "auto", host, cpu=False, device_room=device)
+    on_device = on_host = 0
+    for unit, weights, state in zip(units, found.params, found.optimizer, strict=True):
+        on_device += unit.weights * (weights == "device" != params)
+        on_device += (unit.state + unit.weights) * (state == "device")
+        on_host += unit.weights * (weights == "host" != params) + unit.state * (state == "host")
+        assert state != "device" or weights == "device"
+    assert on_device <= device
+    assert on_host <= host
