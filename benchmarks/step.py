@@ -4,9 +4,10 @@
     python benchmarks/step.py --layers 12 --hidden 768 --seq 128 --batch 4 --precision bf16-mixed
 
 Each case is a process of its own, and the cases take turns (--rounds), so that a change of the machine's speed hits
-all. Printed are medians over rounds, and ratios to the plain Trainer of the same round. "floor" is max(compute, bytes
-over bandwidth): compute is the step of the RAM tier, bytes are the counted NVMe bytes of a step, and the bandwidth is
-what benchmarks/io.py measures for reading and writing at once (--disk, GB/s).
+all. DeepSpeed's cases are trained by an interpreter of its own (--deepspeed). Printed are medians over rounds, and
+ratios to the plain Trainer of the same round. "floor" is max(compute, bytes over bandwidth): compute is the step of the
+RAM tier, bytes are the counted NVMe bytes of a step, and the bandwidth is what benchmarks/io.py measures for reading
+and writing at once (--disk, GB/s).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import _deepspeed
 
 _ALL_NVME = {"offload_params": "nvme", "offload_optimizer": "nvme"}
 CASES: dict[str, dict[str, Any] | None] = {
@@ -150,19 +153,23 @@ def main() -> None:
     parser.add_argument("--host-bytes", type=int, default=0, help="memory.host_bytes of the nvme cases; 0 = default")
     parser.add_argument("--disk", type=float, default=0.0, help="GB/s of the disk, reading and writing at once")
     parser.add_argument("--nvme-path", default="")
-    parser.add_argument("--cases", nargs="+", default=BEFORE, choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=BEFORE, choices=[*CASES, *_deepspeed.CASES])
+    parser.add_argument("--deepspeed", default="", help="an interpreter that has DeepSpeed, for its cases")
     parser.add_argument("--json", default="", help="write the results to this file")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args)
+        _deepspeed.child(args, peak_rss) if args.child in _deepspeed.CASES else child(args)
         return
+    if not args.deepspeed and set(args.cases) & set(_deepspeed.CASES):
+        parser.error("DeepSpeed's cases need --deepspeed PYTHON: an interpreter that has it (pip install deepspeed)")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in args.cases}
     with tempfile.TemporaryDirectory(dir=args.nvme_path or ".") as folder:
         for turn in range(args.rounds):
             for name in args.cases:
                 print(f"\r\033[Kround {turn + 1} of {args.rounds}: {name}", end="", file=sys.stderr, flush=True)
-                command = [sys.executable, __file__, *sys.argv[1:], "--child", name, "--nvme-path", folder]
+                python = args.deepspeed if name in _deepspeed.CASES else sys.executable
+                command = [python, __file__, *sys.argv[1:], "--child", name, "--nvme-path", folder]
                 out = subprocess.run(command, capture_output=True, text=True)
                 if out.returncode:
                     sys.exit(f"\n{name} failed:\n{out.stderr[-3000:]}")

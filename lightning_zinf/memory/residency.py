@@ -3,10 +3,11 @@
 Note [Residency]
 ~~~~~~~~~~~~~~~~
 What goes to host memory and to NVMe is decided for the model as a whole (``placement.py``). Memory that is left over,
-the accelerator's and the host's, then keeps the planes of some units. A byte of a weight saves three transfers a step (read for forward and for backward, written once), a
-byte of state saves two, so weights come first. The units that stay are spread evenly over the model: those between them
-then have the time of more compute to come and go, and a step has no stretch that waits for the disk and another where
-the disk is idle. A static choice beats a cache, whose units would push each other out in every step.
+the accelerator's and the host's, then keeps the planes of some units. A byte of a weight saves three transfers a step
+(read for forward and for backward, written once), a byte of state saves two, so weights come first. The units that stay
+are spread evenly over the model: those between them then have the time of more compute to come and go, and a step has
+no stretch that waits for the disk and another where the disk is idle. A static choice beats a cache, whose units would
+push each other out in every step.
 """
 
 from __future__ import annotations
