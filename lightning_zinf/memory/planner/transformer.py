@@ -12,7 +12,7 @@ activations before and after its nonlinearity. Dropout masks are not counted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_zinf.memory.planner.model import BufferSpec, ModelSpec, Precision, UnitSpec
 
@@ -34,8 +34,14 @@ class Shape:
         biases: Whether linear layers have biases.
         qkv_biases: Whether queries, keys and values have biases; None for as ``biases``.
         norm_biases: Whether norms have biases.
+        qk_norm: Whether queries and keys have norms of the width of a head.
+        norms: Norms of a block; None for 2, or 3 with ``cross``.
+        experts: Perceptrons of a block among which a router chooses; 0 for one that all tokens use.
+        active: Experts that a token uses.
         positions: Rows of a learned table of positions; 0 for none.
+        extra: Elements of further parameters outside of blocks.
         tied: Whether the head is the embedding.
+        headless: Whether there is no head.
         cross: Whether blocks attend to another sequence too, as a decoder does beside an encoder.
         name: For the reader.
     """
@@ -52,8 +58,14 @@ class Shape:
     biases: bool = True
     qkv_biases: bool | None = None
     norm_biases: bool = True
+    qk_norm: bool = False
+    norms: int | None = None
+    experts: int = 0
+    active: int = 0
     positions: int = 0
+    extra: tuple[int, ...] = ()
     tied: bool = True
+    headless: bool = False
     cross: bool = False
     name: str = "transformer"
 
@@ -80,48 +92,97 @@ class Shape:
         return self.query // self.heads * (self.kv_heads or self.heads)
 
 
-def block_numels(shape: Shape) -> list[int]:
-    """Return the elements of every parameter of a block."""
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer of a block: elements of its parameters, and how many copies of it a token goes through."""
+
+    numels: tuple[int, ...]
+    uses: float = 1.0
+
+
+def _layers(shape: Shape) -> list[_Layer]:
     h, q, kv, f = shape.hidden, shape.query, shape.keys, shape.inner
-    attention = [(h, q), (h, kv), (h, kv), (q, h)]
     qkv_biases = shape.biases if shape.qkv_biases is None else shape.qkv_biases
-    numels: list[int] = []
+    found = []
     for _ in range(2 if shape.cross else 1):
-        for (rows, columns), biased in zip(attention, [qkv_biases] * 3 + [shape.biases], strict=True):
-            numels += [rows * columns] + [columns] * biased
-    for rows, columns in [(h, f)] * (2 if shape.gated else 1) + [(f, h)]:
-        numels += [rows * columns] + [columns] * shape.biases
-    return numels + [h] * ((3 if shape.cross else 2) * (1 + shape.norm_biases))
+        for columns in (q, kv, kv):
+            found.append(_Layer((h * columns, *[columns] * qkv_biases)))
+        found.append(_Layer((q * h, *[h] * shape.biases)))
+    if shape.experts:
+        found.append(_Layer((h * shape.experts,)))
+    uses = shape.active / shape.experts if shape.experts else 1.0
+    for _ in range(max(1, shape.experts)):
+        for rows, columns in [(h, f)] * (2 if shape.gated else 1) + [(f, h)]:
+            found.append(_Layer((rows * columns, *[columns] * shape.biases), uses))
+    return found
 
 
-def model_of(shape: Shape, precision: Precision) -> ModelSpec:
+def _norms(shape: Shape) -> tuple[int, ...]:
+    count = shape.norms if shape.norms is not None else 3 if shape.cross else 2
+    heads = (shape.query // shape.heads,) * (2 if shape.qk_norm else 0)
+    return (shape.hidden,) * (count * (1 + shape.norm_biases)) + heads
+
+
+def block_numels(shape: Shape) -> tuple[int, ...]:
+    """Return the elements of every parameter of a block."""
+    return tuple(n for layer in _layers(shape) for n in layer.numels) + _norms(shape)
+
+
+def _flops(layer: _Layer, seq: int) -> float:
+    return 2.0 * layer.numels[0] * seq * layer.uses
+
+
+def _blocks(shape: Shape, precision: Precision, *, finer: bool) -> list[UnitSpec]:
+    """Describe the blocks: each a unit, or each of their linear layers one, the norms with the first."""
+    h, s, item = shape.hidden, shape.seq, 4 if precision == "32-true" else 2
+    attends = 2 if shape.cross else 1
+    perceptron = ((3 if shape.gated else 2) * shape.inner + h) * (shape.active or 1)
+    saved = float(((2 + attends * 2) * h + attends * 2 * (shape.query + shape.keys) + perceptron) * s * item)
+    attention = attends * 4.0 * s * s * shape.query
+    if not finer:
+        body = BufferSpec.of(block_numels(shape), precision)
+        flops = sum(_flops(layer, s) for layer in _layers(shape)) + attention
+        return [UnitSpec(f"blocks.{i}", (body,), flops, saved, float(h * s * item)) for i in range(shape.layers)]
+    layers = _layers(shape)
+    specs = [
+        BufferSpec.of(layer.numels + (_norms(shape) if not j else ()), precision) for j, layer in enumerate(layers)
+    ]
+    return [
+        # Attention itself and what the block saves are counted with its first layer, where the block begins.
+        UnitSpec(
+            f"blocks.{i}.{j}",
+            (specs[j],),
+            _flops(layer, s) + (attention if not j else 0.0),
+            0.0 if j else saved,
+            0.0 if j else float(h * s * item),
+        )
+        for i in range(shape.layers)
+        for j, layer in enumerate(layers)
+    ]
+
+
+def model_of(shape: Shape, precision: Precision, *, encoder: Shape | None = None, finer: bool = False) -> ModelSpec:
     """Describe a transformer whose blocks are units, as the engine cuts it.
 
     Args:
-        shape: Its shape.
+        shape: Its shape; of the decoder if there is an encoder.
         precision: What it is trained in.
+        encoder: The shape of the encoder's blocks beside it; its embedding is that of the decoder.
+        finer: Take each linear layer for a unit (``units=["Linear"]``).
     """
-    h, s = shape.hidden, shape.seq
-    item = 4 if precision == "32-true" else 2
-    block = block_numels(shape)
-    projections = sum(n for n in block if n > max(h, shape.inner, shape.query))
-    attends = 2 if shape.cross else 1
-    flops = 2.0 * projections * s + attends * 4.0 * s * s * shape.query
-    elements = (2 + attends * 2) * h + attends * (shape.query * 2 + shape.keys * 2)
-    elements += (3 if shape.gated else 2) * shape.inner + h
+    h, s, item = shape.hidden, shape.seq, 4 if precision == "32-true" else 2
     units = []
     if shape.vocab:
-        rows = [shape.vocab * h]
-        units.append(UnitSpec("embedding", (BufferSpec.of(rows, precision),), gathers=3 if shape.tied else 2))
-    body = BufferSpec.of(block, precision)
-    units += [
-        UnitSpec(f"blocks.{i}", (body,), flops, float(elements * s * item), float(h * s * item))
-        for i in range(shape.layers)
-    ]
-    if shape.vocab:
+        rows = BufferSpec.of([shape.vocab * h], precision)
+        units.append(UnitSpec("embedding", (rows,), gathers=3 if shape.tied and not shape.headless else 2))
+    if encoder is not None:
+        units += [replace(u, name=f"encoder.{u.name}") for u in _blocks(encoder, precision, finer=finer)]
+    units += _blocks(shape, precision, finer=finer)
+    if shape.vocab and not shape.headless:
         head = () if shape.tied else (BufferSpec.of([shape.vocab * h], precision),)
         logits = float(shape.vocab * s * (item + 4 + 4))  # as they come, their float32 copy, and its softmax
         units.append(UnitSpec("head", head, 2.0 * shape.vocab * h * s, logits, gathers=2 if head else 0))
-    root = [h] * (1 + shape.norm_biases) + ([shape.positions * h] if shape.positions else [])
+    root = [h] * (1 + shape.norm_biases) * (2 if encoder is not None else 1)
+    root += ([shape.positions * h] if shape.positions else []) + list(shape.extra)
     units.append(UnitSpec("", (BufferSpec.of(root, precision),)))
     return ModelSpec(shape.name, tuple(units), s)
