@@ -108,7 +108,7 @@ class _Block(nn.Module):
 
 
 def compute_rate(dtype: torch.dtype, seconds: float, width: int = 512, batch: int = 4, seq: int = 128) -> float:
-    """Return the operations a second of a transformer block, forward and backward, on an accelerator if there is one."""
+    """Return the operations a second of a transformer block, forward and backward, on the accelerator."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         width, batch, seq = 2048, 8, 1024
@@ -150,9 +150,7 @@ def gather_rate(seconds: float, nbytes: int = 32 * MIB) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        spawn(  # type: ignore[no-untyped-call]
-            _gather, args=(f"file://{folder}/meet", nbytes, seconds, results), nprocs=2, join=True
-        )
+        spawn(_gather, args=(f"file://{folder}/meet", nbytes, seconds, results), nprocs=2, join=True)
         return float(results.get())
 
 

@@ -68,8 +68,10 @@ def nearest_changes(
     found += _batches(start)
     if len(found) < most:
         found += _nodes(start, "")
-    if not found and moves:
-        found += _nodes(_apply(start, moves), " and " + " and ".join(text for text, _ in moves))
+    if not found:  # everything at once
+        least = _apply(start, moves).with_options(batch=1)
+        texts = [text for text, _ in moves] + ["a batch of 1"] * (start.options.batch > 1)
+        found += [(" and ".join(texts), least)] if least.fits() else _nodes(least, "".join(f" and {t}" for t in texts))
     return [Change(text, make_plan(c.model, c.machine, c.options)) for text, c in found[:most]]
 
 
