@@ -59,7 +59,7 @@ def add_plan(commands: Any, size: Callable[[str], int]) -> None:
     option("--recompute", action="store_true", help="recompute blocks in backward (activation checkpointing)")
     option("--checkpoints", choices=("device", "host"), default="device", help="where recomputed blocks' inputs wait")
     option("--units", choices=("blocks", "linear"), default="blocks", help="what is gathered together")
-    option("--per-unit", action="store_true", help="place every plane of every unit on its own")
+    option("--clip", action="store_true", help="gradients are clipped by their norm, so updates wait for all of them")
     option(
         "--update", choices=("after", "deferred", "backward"), help="when updates run; by default as the engine does"
     )
@@ -143,8 +143,8 @@ def _asked(given: argparse.Namespace) -> _Asked:
         checkpoints=given.checkpoints,
         host_bytes=given.host_bytes or memory.get("host_bytes"),
         device_bytes=given.device_bytes or memory.get("device_bytes"),
+        clip=given.clip or (run is not None and run.clip),
         update=given.update,
-        per_unit=given.per_unit,
     )
     devices = given.devices or (run.devices if run is not None and run.devices else 1)
     return _Asked(model, finer, options, devices, given.nodes or (run.nodes if run is not None else None))

@@ -34,6 +34,7 @@ class Run:
         batch: Samples of a micro-batch.
         devices: Ranks of a node.
         nodes: Nodes.
+        clip: Whether gradients are clipped by their norm.
         strategy: Options of the strategy.
     """
 
@@ -44,6 +45,7 @@ class Run:
     batch: int | None = None
     devices: int | None = None
     nodes: int = 1
+    clip: bool = False
     strategy: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,6 +81,7 @@ def read_run(path: str) -> Run:
         batch=batch if isinstance(batch, int) else None,
         devices=_devices(trainer.get("devices")),
         nodes=int(trainer.get("num_nodes") or 1),
+        clip=bool(trainer.get("gradient_clip_val")) and trainer.get("gradient_clip_algorithm") != "value",
         strategy=_strategy(trainer.get("strategy")),
     )
 

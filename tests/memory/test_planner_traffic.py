@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from driver import TILE, Session, Where, session, tight_memory
+from driver import TILE, Session, Where, part_of_memory, session, tight_memory
 from models import ZOO
 from oracle import Recipe
 
@@ -18,6 +18,8 @@ from lightning_zinf.memory.state import plane_dtype
 
 LOTS = 2**44
 PLACES = [
+    Where("auto", "auto", share=0.3),
+    Where("auto", "auto", share=0.6, aliased=False),
     Where("none", "none"),
     Where("none", "nvme"),
     Where("nvme", "none"),
@@ -45,6 +47,8 @@ def spec_of(name: str, precision: str) -> ModelSpec:
 
 def plan_of(name: str, where: Where, precision: str, accumulate: int) -> Plan:
     memory = tight_memory(ZOO[name].make(), precision, ZOO[name].units) if where.tight else MemoryConfig()
+    if where.share is not None:
+        memory = part_of_memory(ZOO[name].make(), precision, ZOO[name].units, where.share)
     machine = Machine("here", LOTS, LOTS, LOTS, Rates(), aliased=where.aliased is not False)
     options = PlanOptions(
         where.params,
@@ -53,6 +57,7 @@ def plan_of(name: str, where: Where, precision: str, accumulate: int) -> Plan:
         tile_numel=TILE,
         host_bytes=memory.host_bytes,
         device_bytes=memory.device_bytes,
+        update="deferred",
     )
     return make_plan(spec_of(name, precision), machine, options)
 
@@ -68,6 +73,8 @@ def seen_in_a_step(running: Session) -> dict[str, int]:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(("name", "accumulate"), [("mlp", 3), ("gpt", 1)])
 def test_bytes_of_a_step(name: str, precision: str, where: Where, accumulate: int, tmp_path: Path) -> None:
+    if name == "gpt" and where.share is not None:
+        pytest.skip("how often a tied weight is gathered in backward depends on what the slots hold")
     planned = plan_of(name, where, precision, accumulate)
     on_demand = replace(where, prefetch=False)
     with session(ZOO[name], tmp_path, on_demand, precision, Recipe(accumulate=accumulate)) as running:
@@ -75,7 +82,7 @@ def test_bytes_of_a_step(name: str, precision: str, where: Where, accumulate: in
     told = planned.traffic
     assert told.nvme_write == seen["nvme_write_bytes"]
     assert told.device_to_host == seen["device_to_host_bytes"]
-    if where.aliased is not False or where.params != "nvme":
+    if where.aliased is not False or planned.decision.where.params != "nvme":
         assert told.nvme_read + told.host_to_device == (
             seen["nvme_read_bytes"] + seen["host_to_device_bytes"] + seen["reused_bytes"]
         )
@@ -96,14 +103,14 @@ def test_planes_and_rings(name: str, precision: str, where: Where, tmp_path: Pat
         aliased = engine.context.aliased
         found: dict[tuple[str, bool], int] = {}
         buffers = [b for u in engine.units for b in u.buffers]
-        weights = sum(b.weight_bytes if b.persistent else b.shard_bytes for b in buffers)
-        found["weights", engine.placement.params == "nvme"] = weights
         for b in buffers:
+            key = ("weights", b.params_tier == "nvme")
+            found[key] = found.get(key, 0) + (b.weight_bytes if b.persistent else b.shard_bytes)
             for plane in b.state.planes if b.state else ():
                 key = (plane, b.state.offloaded)  # type: ignore[union-attr]
                 found[key] = found.get(key, 0) + b.shard_numel * plane_dtype(plane).itemsize
         found.update({(what, False): nbytes for what, _, nbytes in engine.context.pages()})
-        assert engine.placement == planned.placement
+        assert engine.placement == planned.decision.where
     told: dict[tuple[str, bool], int] = {}
     for item in planned.items:
         assert not (aliased and item.tier == "device")

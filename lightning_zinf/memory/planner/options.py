@@ -23,13 +23,11 @@ class PlanOptions:
         accumulate: Micro-batches between two optimizer steps.
         recompute: Whether units are recomputed in backward (activation checkpointing).
         checkpoints: Where the inputs of recomputed units wait for backward.
-        host_bytes: Budget for pages in host memory, as ``memory.host_bytes``.
-        device_bytes: Budget for gathered weights on the accelerator, as ``memory.device_bytes``.
+        host_bytes: Budget of host memory, as ``memory.host_bytes``.
+        device_bytes: Budget of the accelerator's memory, as ``memory.device_bytes``.
         tile_numel: Elements of state read, updated and written as one piece, as ``io.tile_numel``.
+        clip: Whether gradients are clipped by their norm, so that no update can run before all of them are there.
         update: When updates of offloaded state run; None takes what the engine does.
-        per_unit: Place each plane of each unit on its own, where False takes one tier for all weights and one for all
-            state, as the engine does.
-        fill: Share of each tier's memory that may be planned for; None takes all, less what the rule for "auto" leaves.
     """
 
     offload_params: Offload = "auto"
@@ -42,9 +40,8 @@ class PlanOptions:
     host_bytes: int | None = None
     device_bytes: int | None = None
     tile_numel: int = 2**20
+    clip: bool = False
     update: When | None = None
-    per_unit: bool = False
-    fill: float | None = None
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):
@@ -53,8 +50,6 @@ class PlanOptions:
             value: Any = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-        if self.fill is not None and not 0 < self.fill <= 1:
-            raise ValueError(f"fill must be above 0 and at most 1, got {self.fill!r}")
         if self.stage < 3 and self.offload_params in ("cpu", "nvme"):
             raise ValueError(
                 f"offload_params={self.offload_params!r} needs stage=3: stages 1 and 2 keep weights on the device"

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_zinf.config import Tier
-from lightning_zinf.memory.placement import ModelSize, Placement
+from lightning_zinf.memory.placement import ModelSize
+from lightning_zinf.memory.planner.decide import Decision, decide
 from lightning_zinf.memory.planner.machine import Machine, Rates
-from lightning_zinf.memory.planner.model import ModelSpec, UnitSpec
+from lightning_zinf.memory.planner.model import ModelSpec
 from lightning_zinf.memory.planner.options import PlanOptions, When
-from lightning_zinf.memory.planner.peaks import Item, Rings, items, rings
-from lightning_zinf.memory.planner.residency import Resident, Sizes, comfortable, fill, whole_model
+from lightning_zinf.memory.planner.peaks import Item, items
+from lightning_zinf.memory.planner.residency import Resident, Sizes, held_in_memory, least_moved
 from lightning_zinf.memory.planner.schedule import Prediction, Setting, UnitLoad, predict
 from lightning_zinf.memory.planner.traffic import (
     Traffic,
@@ -22,6 +23,9 @@ from lightning_zinf.memory.planner.traffic import (
     update_traffic,
 )
 
+LEFT_TO_FORWARD = 3
+"""Where updates run in backward, of so many units one is updated in the next forward (``engine/early.py``)."""
+_AMPLE = 2**62
 TIERS: tuple[Tier, ...] = ("device", "host", "nvme")
 
 
@@ -54,9 +58,7 @@ class Plan:
         machine: The machine.
         options: The options.
         size: Totals of one rank.
-        placement: Tier of all weights and of all state; None if planes are placed one by one.
-        buffers: Every flat buffer with its tiers.
-        budgets: Memory that pages pass through.
+        decision: Where everything rests, and what pages pass through.
         items: What takes memory on one rank.
         traffic: Bytes that a step of one rank moves.
         prediction: How long a step takes; None if the machine's rates say nothing.
@@ -67,9 +69,7 @@ class Plan:
     machine: Machine
     options: PlanOptions
     size: ModelSize
-    placement: Placement | None
-    buffers: tuple[Resident, ...]
-    budgets: Rings
+    decision: Decision
     items: tuple[Item, ...]
     traffic: Traffic
     prediction: Prediction | None
@@ -103,11 +103,17 @@ class Plan:
         """Tokens of a step of all ranks."""
         return self.model.tokens * self.options.batch * self.options.accumulate * self.world_size
 
+    @property
+    def nvme_least(self) -> float:
+        """Bytes over NVMe that a step cannot do without, if as many bytes of planes stay in memory as do."""
+        buffers = self.decision.buffers
+        return least_moved(buffers, held_in_memory(buffers), self.options.accumulate)
+
     def residency(self) -> list[tuple[str, str, Tier, int]]:
         """Return ``(unit, plane, tier, bytes of a rank)`` of every plane."""
         return [
             (self.model.units[b.unit].name or "<root>", plane, tier, nbytes)
-            for b in self.buffers
+            for b in self.decision.buffers
             for plane, tier, nbytes in b.planes()
         ]
 
@@ -121,7 +127,7 @@ class Plan:
             "world_size": self.world_size,
             "fits": self.fits,
             "problem": self.problem,
-            "placement": None if self.placement is None else asdict(self.placement),
+            "placement": asdict(self.decision.where),
             "tiers": [{**asdict(t), "fits": t.fits} for t in self.tiers],
             "items": [asdict(i) for i in self.items],
             "residency": [
@@ -129,6 +135,7 @@ class Plan:
                 for unit, plane, tier, nbytes in self.residency()
             ],
             "traffic": self.traffic.told(),
+            "nvme_least_bytes": self.nvme_least,
             "activations_counted": self.model.measured,
             "tokens": self.tokens,
             "step": None
@@ -153,65 +160,55 @@ def make_plan(model: ModelSpec, machine: Machine, options: PlanOptions | None = 
     options = options or PlanOptions()
     world = machine.world_size
     sizes = Sizes.of(model, world, options.stage)
-    size = sizes.summary(model)
-    where = None
-    if options.per_unit:
-        buffers = fill(sizes, _room(sizes, size, model, machine, options), options.accumulate)
-    else:
-        where = whole_model(sizes, model, machine, options)
-        buffers = sizes.on(where)
-    update = options.update or _engine_updates(buffers)
-    budgets, problem = Rings(), None
+    host = machine.host_bytes // machine.ranks_per_node
+    device = host if machine.aliased else machine.device_bytes
+    problem = None
     try:
-        budgets = rings(buffers, size, machine, options, world)
-    except ValueError as error:
+        decision = decide(model, sizes, options, free_host=host, free_device=device, aliased=machine.aliased)
+    except ValueError as error:  # shown in the plan, with what would take memory if there were enough
         problem = str(error)
-    listed = tuple(items(model, buffers, size, budgets, machine, options, world, update))
+        large = replace(options, host_bytes=None, device_bytes=None)
+        large = replace(large, offload_optimizer="auto") if options.offload_optimizer == "none" else large
+        decision = decide(model, sizes, large, free_host=_AMPLE, free_device=_AMPLE, aliased=machine.aliased)
+    size = sizes.summary(model)
+    listed = tuple(items(model, decision, size, machine, options))
     traffic = step_traffic(
-        buffers, aliased=machine.aliased, world_size=world, stage=options.stage, accumulate=options.accumulate
+        decision.buffers,
+        aliased=machine.aliased,
+        world_size=world,
+        stage=options.stage,
+        accumulate=options.accumulate,
     )
-    plan = Plan(model, machine, options, size, where, buffers, budgets, listed, traffic, None, problem)
+    plan = Plan(model, machine, options, size, decision, listed, traffic, None, problem)
     if machine.rates == Rates():
         return plan
-    return replace(plan, prediction=predict(*schedule_of(plan, update)))
-
-
-def _engine_updates(buffers: Sequence[Resident]) -> When:
-    """Return when the engine as it is updates state that is not in memory."""
-    return "deferred" if any(b.state == "nvme" or b.weights != "device" for b in buffers) else "after"
-
-
-def _room(sizes: Sizes, size: ModelSize, model: ModelSpec, machine: Machine, options: PlanOptions) -> dict[Tier, int]:
-    """Return the bytes that planes may take in memory once everything else has its share."""
-    host = machine.host_bytes // machine.ranks_per_node
-    allowed: dict[Tier, int] = {"device": machine.device_bytes, "host": host}
-    fillable = {t: int(n * options.fill) if options.fill else comfortable(n) for t, n in allowed.items()}
-    elsewhere = sizes.on(Placement("nvme", "nvme"))
-    try:
-        budgets = rings(elsewhere, size, machine, options, machine.world_size)
-    except ValueError:
-        budgets = Rings()
-    update = options.update or "deferred"
-    for item in items(model, elsewhere, size, budgets, machine, options, machine.world_size, update):
-        if item.tier != "nvme":
-            fillable[item.tier] -= item.nbytes
-    room: dict[Tier, int] = {t: max(0, n) for t, n in fillable.items() if t != "device" or not machine.aliased}
-    return room
+    return replace(plan, prediction=predict(*schedule_of(plan)))
 
 
 # ---------------------------------------------------------------------- time
 
 
-def schedule_of(plan: Plan, update: When | None = None) -> tuple[list[UnitLoad], Setting]:
+def update_of(plan: Plan, unit: int) -> When:
+    """Return when the updates of a unit run: as the engine does it, unless the options say otherwise."""
+    options = plan.options
+    sharded = plan.world_size > 1 and options.stage == 3
+    if not sharded and not any(b.offloaded for b in plan.decision.buffers if b.unit == unit):
+        return "after"
+    if options.update is not None:
+        return options.update
+    scaled = any(p == ("master", 4) for b in plan.decision.buffers for p in b.spec.planes)  # 16-mixed scales the loss
+    early = plan.world_size == 1 and not options.clip and not scaled
+    return "backward" if early and unit % LEFT_TO_FORWARD else "deferred"
+
+
+def schedule_of(plan: Plan) -> tuple[list[UnitLoad], Setting]:
     """Return what each unit puts on the stages of a step, and what they share."""
-    machine, options, rates = plan.machine, plan.options, plan.machine.rates
-    loads = []
+    machine, options, decision = plan.machine, plan.options, plan.decision
     by_unit: dict[int, list[Resident]] = {}
-    for buffer in plan.buffers:
+    for buffer in decision.buffers:
         by_unit.setdefault(buffer.unit, []).append(buffer)
-    for index, unit in enumerate(plan.model.units):
-        loads.append(_load(unit, by_unit.get(index, []), plan, update or _engine_updates(plan.buffers)))
-    servers, rates = _disk(rates, plan.traffic)
+    loads = [_load(plan, index, by_unit.get(index, [])) for index in range(len(plan.model.units))]
+    servers, rates = _disk(machine.rates, plan.traffic)
     if machine.aliased:
         servers.update(compute="cpu", update="cpu")
     else:
@@ -219,28 +216,29 @@ def schedule_of(plan: Plan, update: When | None = None) -> tuple[list[UnitLoad],
     setting = Setting(
         rates,
         servers,
-        slots=plan.budgets.slots,
-        tiles=plan.budgets.tiles,
+        slots=decision.slots,
+        tiles=decision.tiles.nbytes,
         accumulate=options.accumulate,
         keeps=machine.aliased and plan.world_size == 1,
     )
     return loads, setting
 
 
-def _load(unit: UnitSpec, buffers: Sequence[Resident], plan: Plan, update: When) -> UnitLoad:
+def _load(plan: Plan, index: int, buffers: Sequence[Resident]) -> UnitLoad:
     machine, options, rates = plan.machine, plan.options, plan.machine.rates
     aliased, world, stage = machine.aliased, plan.world_size, options.stage
+    unit, kernel = plan.model.units[index], 0.0
     gather, gradient, after = Traffic(), Traffic(), Traffic()
-    kernel = 0.0
+    paged = False
     for b in buffers:
         gather += gather_traffic(b, aliased=aliased, world_size=world, stage=stage)
         gradient += gradient_traffic(b, aliased=aliased, world_size=world)
         after += update_traffic(b, aliased=aliased, world_size=world, stage=stage)
+        paged = paged or b.weights != "device" or (world > 1 and stage == 3)
         if b.spec.learns:
             grad = 4 if world > 1 or options.accumulate > 1 else b.spec.weight_bytes
             kernel += b.shard * (2 * (b.spec.weight_bytes + b.spec.state_bytes) + grad)
     forward = unit.flops * options.batch / rates.flops if rates.flops else 0.0
-    deferred = any(b.state == "nvme" or b.weights != "device" for b in buffers)
     return UnitLoad(
         unit.name or "<root>",
         gather,
@@ -249,8 +247,8 @@ def _load(unit: UnitSpec, buffers: Sequence[Resident], plan: Plan, update: When)
         forward_seconds=forward,
         backward_seconds=forward * (3 if options.recompute and unit.input_bytes else 2),
         update_seconds=kernel / rates.adam if rates.adam else 0.0,
-        when=update if deferred else "after",
-        slot_bytes=sum(b.whole_bytes for b in buffers) if plan.budgets.slots else 0,
+        when=update_of(plan, index),
+        slot_bytes=sum(b.whole_bytes for b in buffers) if paged else 0,
         tile_bytes=sum(b.state_bytes for b in buffers if b.state == "nvme" and b.spec.learns),
         gathers=unit.gathers,
         root=unit.name == "",
