@@ -59,9 +59,12 @@ def add_plan(commands: Any, size: Callable[[str], int]) -> None:
     option("--recompute", action="store_true", help="recompute blocks in backward (activation checkpointing)")
     option("--checkpoints", choices=("device", "host"), default="device", help="where recomputed blocks' inputs wait")
     option("--units", choices=("blocks", "linear"), default="blocks", help="what is gathered together")
+    option("--max-tile-bytes", type=size, metavar="SIZE", help="what if larger linear layers were cut into tiles")
     option("--clip", action="store_true", help="gradients are clipped by their norm, so updates wait for all of them")
     option(
-        "--update", choices=("after", "deferred", "backward"), help="when updates run; by default as the engine does"
+        "--update",
+        choices=("after", "deferred", "backward"),
+        help="what if updates ran then; by default as the engine does it",
     )
     option("--host-bytes", type=size, metavar="SIZE", help="as memory.host_bytes")
     option("--device-bytes", type=size, metavar="SIZE", help="as memory.device_bytes")
@@ -105,6 +108,8 @@ def plan(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         machine, notes = this_machine(given.nvme_path, asked.devices, asked.model)
     if asked.nodes:
         machine = machine.with_nodes(asked.nodes)
+    if given.max_tile_bytes:
+        notes.append(f"what if: linear layers of more than {given.max_tile_bytes:,} bytes were cut into tiles")
     made = make_plan(asked.model, machine, asked.options)
     changes = [] if made.fits else nearest_changes(asked.model, machine, asked.options, asked.finer)
     if given.plot:
@@ -189,8 +194,9 @@ def _models(given: argparse.Namespace, run: Run | None, precision: Any) -> tuple
             kv_heads=given.kv_heads,
             name=f"transformer of {given.layers} blocks of {given.hidden}",
         )
-    finer = model_of(shape, precision, encoder=encoder, finer=True)
-    if given.units == "linear":
+    tiled = given.max_tile_bytes
+    finer = model_of(shape, precision, encoder=encoder, finer=True, tile_bytes=tiled)
+    if given.units == "linear" or tiled:
         return finer, None
     return model_of(shape, precision, encoder=encoder), finer
 

@@ -136,6 +136,8 @@ def report(plan: Plan, changes: Sequence[Change] = (), notes: Sequence[str] = ()
         out.print(traffic_table(plan))
     for line in _time_lines(plan):
         out.print(line)
+    if options.update is not None:
+        notes = [*notes, f"what if: updates {options.update}; the engine itself decides when they run"]
     if not model.measured:
         notes = [*notes, "activations are not known, so they are not counted"]
     for note in notes:

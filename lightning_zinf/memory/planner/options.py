@@ -27,7 +27,7 @@ class PlanOptions:
         device_bytes: Budget of the accelerator's memory, as ``memory.device_bytes``.
         tile_numel: Elements of state read, updated and written as one piece, as ``io.tile_numel``.
         clip: Whether gradients are clipped by their norm, so that no update can run before all of them are there.
-        update: When updates of offloaded state run; None takes what the engine does.
+        update: When updates of offloaded state run; None takes what the engine does, and anything else asks what if.
     """
 
     offload_params: Offload = "auto"

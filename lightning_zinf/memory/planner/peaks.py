@@ -74,10 +74,12 @@ class _Add(Protocol):
 def _gradients(add: _Add, decision: Decision, size: ModelSize, machine: Machine, options: PlanOptions) -> None:
     """Count gradients between backward and update.
 
-    All of them: where updates run in backward they are fewer, but not in the first step, which only watches.
+    All of them: where updates run in backward they are fewer, but not in the first step, which only watches. What if
+    they always ran in backward is answered for ``update="backward"``: two units' worth then.
     """
     world_size = machine.world_size
     by_unit: dict[int, int] = {}
+    kept: dict[Tier, dict[int, int]] = {}
     for buffer in decision.buffers:
         if not buffer.spec.learns:
             continue
@@ -87,8 +89,12 @@ def _gradients(add: _Add, decision: Decision, size: ModelSize, machine: Machine,
             nbytes += 4 * buffer.elements if options.accumulate > 1 and buffer.spec.weight_bytes < 4 else 0
         else:
             nbytes = 4 * buffer.shard
-        add("gradients", "device" if on_device or machine.aliased else "host", nbytes)
+        units = kept.setdefault("device" if on_device or machine.aliased else "host", {})
+        units[buffer.unit] = units.get(buffer.unit, 0) + nbytes
         by_unit[buffer.unit] = by_unit.get(buffer.unit, 0) + buffer.whole_bytes
+    for tier, units in kept.items():
+        most = 2 * max(units.values()) if options.update == "backward" else sum(units.values())
+        add("gradients", tier, min(most, sum(units.values())))
     learning, biggest = sum(by_unit.values()), max(by_unit.values(), default=0)
     if world_size > 1:
         if options.stage == 1:

@@ -95,15 +95,18 @@ class Sizes:
     def summary(self, model: ModelSpec) -> ModelSize:
         """Return the totals that the rule for whole models goes by."""
         weights = sum(b.weight_bytes if self.stage == 3 else b.whole_bytes for b in self.buffers)
-        gradients = sum(
-            0 if not b.spec.learns else b.weight_bytes if self.stage > 1 else b.whole_bytes for b in self.buffers
-        )
+        gradients = sum(self._gradients(b) for b in self.buffers if b.spec.learns)
         whole = [0] * len(model.units)
         for b in self.buffers:
             whole[b.unit] += b.whole_bytes
         root = sum(n for n, unit in zip(whole, model.units, strict=True) if unit.name == "")
         state = sum(b.state_bytes for b in self.buffers)
         return ModelSize(weights, state, gradients, max(whole, default=0), root, sum(whole))
+
+    def _gradients(self, buffer: Resident) -> int:
+        """Return the bytes of a buffer's gradients before an update: float32 shards where there are several ranks."""
+        shards = buffer.weight_bytes if self.world_size == 1 else 4 * buffer.shard
+        return shards + (buffer.whole_bytes if self.stage == 1 and self.world_size > 1 else 0)
 
     def on(self, params: Sequence[Tier], optimizer: Sequence[Tier]) -> tuple[Resident, ...]:
         """Return every buffer with the tiers of its unit; the low halves of what is frozen rest with it."""

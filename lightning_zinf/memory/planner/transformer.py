@@ -132,18 +132,31 @@ def _flops(layer: _Layer, seq: int) -> float:
     return 2.0 * layer.numels[0] * seq * layer.uses
 
 
-def _blocks(shape: Shape, precision: Precision, *, finer: bool) -> list[UnitSpec]:
-    """Describe the blocks: each a unit, or each of their linear layers one, the norms with the first."""
+def _tiled(layers: list[_Layer], item: int, tile_bytes: int | None) -> list[_Layer]:
+    """Cut layers whose weights are larger than a tile into equal tiles, whose biases go with the first."""
+    if tile_bytes is None:
+        return layers
+    found = []
+    for layer in layers:
+        weight, *rest = layer.numels
+        count = min(weight, -(-weight * item // tile_bytes))
+        sizes = [weight * (i + 1) // count - weight * i // count for i in range(count)]
+        found += [_Layer((n, *(rest if not i else ())), layer.uses) for i, n in enumerate(sizes)]
+    return found
+
+
+def _blocks(shape: Shape, precision: Precision, *, finer: bool, tile_bytes: int | None) -> list[UnitSpec]:
+    """Describe the blocks: each a unit, or each linear layer or tile of one, the norms with the first."""
     h, s, item = shape.hidden, shape.seq, 4 if precision == "32-true" else 2
     attends = 2 if shape.cross else 1
     perceptron = ((3 if shape.gated else 2) * shape.inner + h) * (shape.active or 1)
     saved = float(((2 + attends * 2) * h + attends * 2 * (shape.query + shape.keys) + perceptron) * s * item)
     attention = attends * 4.0 * s * s * shape.query
-    if not finer:
+    if not finer and tile_bytes is None:
         body = BufferSpec.of(block_numels(shape), precision)
         flops = sum(_flops(layer, s) for layer in _layers(shape)) + attention
         return [UnitSpec(f"blocks.{i}", (body,), flops, saved, float(h * s * item)) for i in range(shape.layers)]
-    layers = _layers(shape)
+    layers = _tiled(_layers(shape), item, tile_bytes)
     specs = [
         BufferSpec.of(layer.numels + (_norms(shape) if not j else ()), precision) for j, layer in enumerate(layers)
     ]
@@ -161,7 +174,14 @@ def _blocks(shape: Shape, precision: Precision, *, finer: bool) -> list[UnitSpec
     ]
 
 
-def model_of(shape: Shape, precision: Precision, *, encoder: Shape | None = None, finer: bool = False) -> ModelSpec:
+def model_of(
+    shape: Shape,
+    precision: Precision,
+    *,
+    encoder: Shape | None = None,
+    finer: bool = False,
+    tile_bytes: int | None = None,
+) -> ModelSpec:
     """Describe a transformer whose blocks are units, as the engine cuts it.
 
     Args:
@@ -169,6 +189,7 @@ def model_of(shape: Shape, precision: Precision, *, encoder: Shape | None = None
         precision: What it is trained in.
         encoder: The shape of the encoder's blocks beside it; its embedding is that of the decoder.
         finer: Take each linear layer for a unit (``units=["Linear"]``).
+        tile_bytes: Take each tile of a linear layer for a unit, of at most so many bytes of weights (tiling).
     """
     h, s, item = shape.hidden, shape.seq, 4 if precision == "32-true" else 2
     units = []
@@ -176,8 +197,11 @@ def model_of(shape: Shape, precision: Precision, *, encoder: Shape | None = None
         rows = BufferSpec.of([shape.vocab * h], precision)
         units.append(UnitSpec("embedding", (rows,), gathers=3 if shape.tied and not shape.headless else 2))
     if encoder is not None:
-        units += [replace(u, name=f"encoder.{u.name}") for u in _blocks(encoder, precision, finer=finer)]
-    units += _blocks(shape, precision, finer=finer)
+        units += [
+            replace(u, name=f"encoder.{u.name}")
+            for u in _blocks(encoder, precision, finer=finer, tile_bytes=tile_bytes)
+        ]
+    units += _blocks(shape, precision, finer=finer, tile_bytes=tile_bytes)
     if shape.vocab and not shape.headless:
         head = () if shape.tied else (BufferSpec.of([shape.vocab * h], precision),)
         logits = float(shape.vocab * s * (item + 4 + 4))  # as they come, their float32 copy, and its softmax
