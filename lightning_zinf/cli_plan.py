@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,7 +244,7 @@ def this_machine(nvme_path: str | None, devices: int, model: ModelSpec) -> tuple
     import torch
 
     from lightning_zinf.cli_bench import nvme_folder
-    from lightning_zinf.memory.machine import free_device_bytes, free_host_bytes
+    from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes
     from lightning_zinf.memory.planner import Machine, Rates
     from lightning_zinf.planning.cache import StaleError, load
 
@@ -266,7 +265,7 @@ def this_machine(nvme_path: str | None, devices: int, model: ModelSpec) -> tuple
         platform.node() or "this machine",
         free_device_bytes(torch.device("cuda")) if cuda else 0,
         free_host_bytes(),
-        shutil.disk_usage(there).free,
+        free_disk_bytes(folder),
         rates,
         ranks_per_node=devices,
         aliased=not cuda,

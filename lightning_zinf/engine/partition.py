@@ -23,10 +23,9 @@ from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.residence import AliasedWeights, DeviceWeights
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
-from lightning_zinf.memory.machine import free_device_bytes, free_host_bytes
+from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes
 from lightning_zinf.memory.nvme import NvmeStore
-from lightning_zinf.memory.placement import table
-from lightning_zinf.memory.planner import Decision, PlanOptions, Sizes, decide
+from lightning_zinf.memory.planner import Decision, Machine, Plan, PlanOptions, Rates, make_plan
 from lightning_zinf.memory.planner.peaks import reduce_bytes
 from lightning_zinf.memory.slots import Slot, SlotRing
 from lightning_zinf.memory.state import plane_dtype
@@ -92,8 +91,9 @@ def partition(
     free = _free_everywhere(config.device, comm)
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
     model = describe_model(drafts, type(root).__name__)
-    sizes = Sizes.of(model, 1 if comm is None else comm.ranks.shard_size, config.stage)
-    decision = decide(model, sizes, options_of(config), free_host=free.host, free_device=free.device, aliased=cpu)
+    plan = make_plan(model, _machine(config, free, comm, aliased=cpu), options_of(config))
+    _refuse_what_does_not_fit(plan, _present_bytes(root, config.device), training=bool(trained_ids))
+    decision = plan.decision
     context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
     builder = _Builder(config, context, decision, drafts)
     try:
@@ -104,13 +104,11 @@ def partition(
     except BaseException:
         context.close()
         raise
-    size = sizes.summary(model)
-    assert size.whole is not None
-    engine = Engine(
-        root, units, context, prefetch=config.overlap.prefetch, reduce_bytes=reduce_bytes(size.largest_unit, size.whole)
-    )
+    assert plan.size.whole is not None
+    under_way = reduce_bytes(plan.size.largest_unit, plan.size.whole)
+    engine = Engine(root, units, context, prefetch=config.overlap.prefetch, reduce_bytes=under_way)
     engine.placement, engine.config = decision.where, config
-    engine.model = model
+    engine.plan = plan
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
 
@@ -130,6 +128,48 @@ def _free_everywhere(device: torch.device, comm: Collectives | None) -> _Free:
     ranks = comm.ranks
     shared = on_device // ranks.local_size if device.type == "cpu" else on_device
     return _Free(*least([host // ranks.local_size, shared], ranks.channel, "setting up the model"))
+
+
+def _machine(config: PartitionConfig, free: _Free, comm: Collectives | None, *, aliased: bool) -> Machine:
+    """Return what is free here, as the planner has it; ranks that share one copy of the model count."""
+    ranks, local = (
+        (1, 1) if comm is None else (comm.ranks.shard_size, min(comm.ranks.local_size, comm.ranks.shard_size))
+    )
+    local = local if ranks % local == 0 else ranks
+    on_device = 0 if aliased else free.device
+    disk = free_disk_bytes(config.nvme_path) // (1 if comm is None else comm.ranks.local_size) * local
+    return Machine("this machine", on_device, free.host * local, disk, Rates(), local, ranks // local, aliased)
+
+
+def _present_bytes(root: nn.Module, device: torch.device) -> int:
+    """Return the bytes of parameters that are in memory on a device now, and go when they are partitioned."""
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in root.parameters()
+        if not isinstance(p, paging.Released) and p.device.type == device.type
+    }
+    return sum(storages.values())
+
+
+def _refuse_what_does_not_fit(plan: Plan, present: int, *, training: bool) -> None:
+    """Raise ValueError, with the plan's table and what to change, if memory is too small.
+
+    Args:
+        plan: The plan.
+        present: Bytes of host memory that are taken now and will be free.
+        training: Whether gradients will come, and with them optimizer state.
+    """
+    from lightning_zinf.planning.report import refusal
+
+    if plan.problem is not None:
+        raise ValueError(f"{plan.problem}\n{refusal(plan)}")
+    here = present * plan.machine.ranks_per_node
+    short = [t for t in plan.tiers if t.tier != "nvme" and t.needed > t.available + (here if t.tier == "host" else 0)]
+    if training and short:
+        raise ValueError(
+            f"the model does not fit: a step needs {short[0].needed / 2**30:.2f} GiB of {short[0].tier} memory, and "
+            f"{short[0].available / 2**30:.2f} GiB are free\n{refusal(plan)}"
+        )
 
 
 def options_of(config: PartitionConfig) -> PlanOptions:
@@ -285,11 +325,6 @@ def tiers(engine: Engine, what: Literal["weights", "optimizer state"]) -> str:
         engine.placement.params if what == "weights" else engine.placement.optimizer
     }
     return " and ".join(sorted(places))
-
-
-def describe(engine: Engine) -> str:
-    """Return the table of what lives where."""
-    return table(residency(engine))
 
 
 def default_nvme_path(given: str | os.PathLike[str] | None, root: str | os.PathLike[str]) -> str:

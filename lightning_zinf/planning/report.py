@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_zinf.memory.planner.plan import Plan
-from lightning_zinf.memory.planner.suggest import Change
+from lightning_zinf.memory.planner.suggest import Change, nearest_changes
 
 _LINKS = {
     "nvme_read": "disk to memory",
@@ -122,7 +122,7 @@ def _time_lines(plan: Plan) -> list[str]:
 
 def report(plan: Plan, changes: Sequence[Change] = (), notes: Sequence[str] = (), *, residency: bool = True) -> str:
     """Return the plan as text: whether it fits, what lies where, what moves, how long it takes, what to change."""
-    out = Console(file=io.StringIO(), width=110, force_terminal=False, highlight=False, markup=False)
+    out = _console()
     model, machine, options = plan.model, plan.machine, plan.options
     nodes = f"{_count(machine.nodes, 'node')} with {_count(machine.ranks_per_node, 'rank')}"
     out.print(f"{model.name}: {model.numel:,} parameters in {len(model.units)} units")
@@ -150,8 +150,31 @@ def report(plan: Plan, changes: Sequence[Change] = (), notes: Sequence[str] = ()
         for change in changes:
             time = f" ({duration(change.plan.prediction.seconds)} a step)" if change.plan.prediction else ""
             out.print(f"  - {change.what}{time}")
-    assert isinstance(out.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in out.file.getvalue().splitlines())
+    return _text(out)
+
+
+def refusal(plan: Plan) -> str:
+    """Return the table of a plan that does not fit, and what to change, for an error message."""
+    changes = nearest_changes(plan.model, plan.machine, plan.options)
+    lines = ["what would make it fit:", *(f"  - {c.what}" for c in changes)] if changes else []
+    more = "activations come on top; a smaller model, or a machine with more memory, is needed in any case"
+    return "\n".join([memory_text(plan), *(lines or [more])])
+
+
+def memory_text(plan: Plan) -> str:
+    """Return :func:`memory_table` as text."""
+    out = _console()
+    out.print(memory_table(plan))
+    return _text(out)
+
+
+def _console() -> Console:
+    return Console(file=io.StringIO(), width=110, force_terminal=False, highlight=False, markup=False)
+
+
+def _text(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def _count(number: int, what: str) -> str:
