@@ -1,4 +1,4 @@
-"""The ``zinf`` command: look into checkpoints, check them, and turn them into files that anything loads."""
+"""The ``zinf`` command: plan a run, look into checkpoints, and turn them into files that anything loads."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lightning_zinf import __version__
+from lightning_zinf.cli_bench import add_bench, bench
+from lightning_zinf.cli_plan import add_plan, plan
 
 _EXAMPLES = """\
 examples:
@@ -40,7 +42,7 @@ def _size(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zinf",
-        description="Tools for sharded checkpoints of lightning-zinf.",
+        description="Tools of lightning-zinf: what fits, how fast, and sharded checkpoints.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -103,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     reshard.add_argument("output", help="the folder to write")
     reshard.add_argument("--shards", type=int, required=True, metavar="N", help="number of shard files")
+    add_plan(commands, _size)
+    add_bench(commands)
     return parser
 
 
@@ -263,12 +267,24 @@ def _reshard(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"output": given.output, "shards": given.shards}, f"{given.output}: {given.shards} shards"
 
 
-_COMMANDS = {
+def _asked_well(
+    command: Callable[[argparse.Namespace], tuple[dict[str, Any], str]], given: argparse.Namespace
+) -> tuple[dict[str, Any], str]:
+    """Run a command whose ValueErrors are all about what it was given."""
+    try:
+        return command(given)
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str]]] = {
     "inspect": _inspect,
     "verify": _verify,
     "consolidate": _consolidate,
     "convert": _convert,
     "reshard": _reshard,
+    "plan": lambda given: _asked_well(plan, given),
+    "bench": lambda given: _asked_well(bench, given),
 }
 
 

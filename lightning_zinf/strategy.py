@@ -24,9 +24,11 @@ from lightning_zinf import precision as precisions
 from lightning_zinf.checkpoint.full import full_state_dict
 from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, PartitionConfig, check_offload
 from lightning_zinf.engine.construction import paged_construction
-from lightning_zinf.engine.partition import default_nvme_path, describe, engine_of, forget, partition, tiers
+from lightning_zinf.engine.partition import default_nvme_path, engine_of, forget, partition, tiers
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
+from lightning_zinf.planning.report import memory_text
+from lightning_zinf.planning.store import save_plan
 from lightning_zinf.strategy_checkpoints import CheckpointsPart
 
 if TYPE_CHECKING:
@@ -248,6 +250,7 @@ class ZinfStrategyBody(CheckpointsPart):
             if not self._alone:
                 _compat.meet_before_batches(trainer, functools.partial(self._meet, "the next batch"))
             self._announce()
+            self._store_plan(trainer)
 
     def model_to_device(self) -> None:
         """Move buffers and metrics; the engine moves the parameters."""
@@ -302,8 +305,14 @@ class ZinfStrategyBody(CheckpointsPart):
             f"zinf: stage {self.stage}, {self.precision_plugin.precision}, {len(engine.units)} units; "
             f"weights on {tiers(engine, 'weights')}, optimizer state on {tiers(engine, 'optimizer state')}"
             + (f", NVMe files in {engine.config.nvme_path}" if engine.context.has_nvme else "")
-            + f"\n{describe(engine)}"
+            + f"\n{memory_text(engine.plan)}"
         )
+
+    def _store_plan(self, trainer: "Trainer") -> None:
+        """Keep the plan with the run, where its logger keeps the rest."""
+        folder = None if trainer.logger is None or trainer.fast_dev_run else trainer.log_dir  # type: ignore[attr-defined]
+        if folder is not None and self.global_rank == 0:
+            save_plan(self.engine.plan, folder)
 
     # ------------------------------------------------------------------ steps
 

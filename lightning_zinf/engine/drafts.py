@@ -13,8 +13,8 @@ from lightning_zinf import parameters as paging
 from lightning_zinf.config import Precision
 from lightning_zinf.engine.units import UnitPlan
 from lightning_zinf.layout import FlatLayout
-from lightning_zinf.memory.placement import ModelSize
-from lightning_zinf.memory.state import NvmeState
+from lightning_zinf.memory.planner import BufferSpec, ModelSpec, UnitSpec
+from lightning_zinf.memory.state import plane_dtype
 from lightning_zinf.optim.adam import MOMENTS
 
 COMPUTE_DTYPES: dict[Precision, torch.dtype] = {
@@ -148,15 +148,19 @@ def draft_buffers(
     return drafts
 
 
-def measure(drafts: Sequence[Draft], stage: int = 3) -> ModelSize:
-    """Return the sizes of one rank's part of the model, which the plan of where to put it goes by."""
-    units: dict[int, int] = {}
-    weights = state = gradients = 0
+def describe_model(drafts: Sequence[Draft], name: str) -> ModelSpec:
+    """Return what the planner goes by: the sizes of all units, in the order of the drafts.
+
+    Operations and activations are not known: nothing has run yet.
+    """
+    units: dict[int, list[Draft]] = {}
     for draft in drafts:
-        nbytes = draft.padded * draft.compute_dtype.itemsize
-        weights += nbytes if stage < 3 else nbytes // draft.shards
-        gradients += 0 if not draft.learns else nbytes if stage < 2 else nbytes // draft.shards
-        state += NvmeState.bytes_needed(draft.shard, draft.later_planes)
-        units[id(draft.plan)] = units.get(id(draft.plan), 0) + nbytes
-    root = next((n for d in drafts if d.plan.name == "" and (n := units[id(d.plan)])), 0)
-    return ModelSize(weights, state, gradients, max(units.values(), default=0), root, sum(units.values()))
+        units.setdefault(id(draft.plan), []).append(draft)
+    return ModelSpec(
+        name, tuple(UnitSpec(d[0].plan.name, tuple(map(_spec, d))) for d in units.values()), measured=False
+    )
+
+
+def _spec(draft: Draft) -> BufferSpec:
+    planes = tuple((plane, plane_dtype(plane).itemsize) for plane in draft.later_planes)
+    return BufferSpec(tuple(p.numel() for p in draft.params), draft.compute_dtype.itemsize, planes, draft.learns)

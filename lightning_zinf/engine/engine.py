@@ -44,6 +44,7 @@ from lightning_zinf.engine.pager import Pager
 from lightning_zinf.engine.reduction import Reducer
 from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.placement import Placement
+from lightning_zinf.memory.planner import Plan
 from lightning_zinf.optim.update import Update
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Engine:
         self._running = True
         self._needs: dict[nn.Module, list[Unit]] = {}
         self.placement: Placement
+        self.plan: Plan
         self.config: PartitionConfig
         self._frames: list[Frame] = []
         self._in_backward_callback = False

@@ -18,24 +18,20 @@ from lightning_zinf.comm.group import Collectives, Ranks, least
 from lightning_zinf.config import PartitionConfig, Tier
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
-from lightning_zinf.engine.drafts import Draft, check_parameters, draft_buffers, measure
+from lightning_zinf.engine.drafts import Draft, check_parameters, describe_model, draft_buffers
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.residence import AliasedWeights, DeviceWeights
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
-from lightning_zinf.memory.machine import free_device_bytes, free_host_bytes
+from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes
 from lightning_zinf.memory.nvme import NvmeStore
-from lightning_zinf.memory.placement import ModelSize, Placement, place, room, slot_budget, table, tile_count
-from lightning_zinf.memory.residency import UnitSize, keep_in_memory
+from lightning_zinf.memory.planner import Decision, Machine, Plan, PlanOptions, Rates, make_plan
+from lightning_zinf.memory.planner.peaks import reduce_bytes
 from lightning_zinf.memory.slots import Slot, SlotRing
-from lightning_zinf.memory.state import NvmeState, bytes_per_element, plane_dtype
+from lightning_zinf.memory.state import plane_dtype
 from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
 
-REDUCE_BYTES = 256 * 2**20
-"""Most bytes of gradients under way to other ranks, unless a few units have more; small models take less."""
-_SMALLEST_TILE = 4096
-"""Elements: so many of any plane are a multiple of what a disk reads at once."""
 _SHOW_PROGRESS_BYTES = 512 * 2**20
 
 _ENGINES: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
@@ -92,28 +88,27 @@ def partition(
     counters = Counters()
     comm = None if ranks is None or ranks.world_size == 1 else Collectives(ranks, counters)
     drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
-    size = measure(drafts, config.stage)
     free = _free_everywhere(config.device, comm)
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
-    asked = config.memory.host_bytes, config.memory.host_bytes if cpu else config.memory.device_bytes
-    rooms = _Free(room(free.host, asked[0]), room(free.device, asked[1]))
-    where = place(
-        size, config.offload_params, config.offload_optimizer, device_room=rooms.device, host_room=rooms.host, cpu=cpu
-    )
+    model = describe_model(drafts, type(root).__name__)
+    plan = make_plan(model, _machine(config, free, comm, aliased=cpu), options_of(config))
+    _refuse_what_does_not_fit(plan, _present_bytes(root, config.device), training=bool(trained_ids))
+    decision = plan.decision
     context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
-    builder = _Builder(config, context, where, free)
+    builder = _Builder(config, context, decision, drafts)
     try:
-        builder.install(drafts, size, rooms)
+        builder.install()
         with large_blocks_apart():
-            units = builder.build(plans, drafts)
+            units = builder.build(plans)
             context.drop_scratch()
     except BaseException:
         context.close()
         raise
-    assert size.whole is not None
-    under_way = min(REDUCE_BYTES, max(4 * size.largest_unit, size.whole // 4))
+    assert plan.size.whole is not None
+    under_way = reduce_bytes(plan.size.largest_unit, plan.size.whole)
     engine = Engine(root, units, context, prefetch=config.overlap.prefetch, reduce_bytes=under_way)
-    engine.placement, engine.config = builder.where, config
+    engine.placement, engine.config = decision.where, config
+    engine.plan = plan
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
 
@@ -135,146 +130,116 @@ def _free_everywhere(device: torch.device, comm: Collectives | None) -> _Free:
     return _Free(*least([host // ranks.local_size, shared], ranks.channel, "setting up the model"))
 
 
-class _Builder:
-    """Builds buffers one unit after the other, so that no more than one unit is in memory twice."""
+def _machine(config: PartitionConfig, free: _Free, comm: Collectives | None, *, aliased: bool) -> Machine:
+    """Return what is free here, as the planner has it; ranks that share one copy of the model count."""
+    ranks, local = (
+        (1, 1) if comm is None else (comm.ranks.shard_size, min(comm.ranks.local_size, comm.ranks.shard_size))
+    )
+    local = local if ranks % local == 0 else ranks
+    on_device = 0 if aliased else free.device
+    disk = free_disk_bytes(config.nvme_path) // (1 if comm is None else comm.ranks.local_size) * local
+    return Machine("this machine", on_device, free.host * local, disk, Rates(), local, ranks // local, aliased)
 
-    def __init__(self, config: PartitionConfig, context: EngineContext, where: Placement, free: _Free) -> None:
-        self._free = free
+
+def _present_bytes(root: nn.Module, device: torch.device) -> int:
+    """Return the bytes of parameters that are in memory on a device now, and go when they are partitioned."""
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in root.parameters()
+        if not isinstance(p, paging.Released) and p.device.type == device.type
+    }
+    return sum(storages.values())
+
+
+def _refuse_what_does_not_fit(plan: Plan, present: int, *, training: bool) -> None:
+    """Raise ValueError, with the plan's table and what to change, if memory is too small.
+
+    Args:
+        plan: The plan.
+        present: Bytes of host memory that are taken now and will be free.
+        training: Whether gradients will come, and with them optimizer state.
+    """
+    from lightning_zinf.planning.report import refusal
+
+    if plan.problem is not None:
+        raise ValueError(f"{plan.problem}\n{refusal(plan)}")
+    here = present * plan.machine.ranks_per_node
+    short = [t for t in plan.tiers if t.tier != "nvme" and t.needed > t.available + (here if t.tier == "host" else 0)]
+    if training and short:
+        raise ValueError(
+            f"the model does not fit: a step needs {short[0].needed / 2**30:.2f} GiB of {short[0].tier} memory, and "
+            f"{short[0].available / 2**30:.2f} GiB are free\n{refusal(plan)}"
+        )
+
+
+def options_of(config: PartitionConfig) -> PlanOptions:
+    """Return what of a configuration decides where everything rests."""
+    return PlanOptions(
+        config.offload_params,
+        config.offload_optimizer,
+        config.stage,
+        host_bytes=config.memory.host_bytes,
+        device_bytes=config.memory.device_bytes,
+        tile_numel=config.io.tile_numel,
+    )
+
+
+class _Builder:
+    """Builds buffers one unit after the other, so that no more than one unit is in memory twice.
+
+    Args:
+        config: How to do it.
+        context: What the buffers share.
+        decision: What rests where, unit by unit in the order of the drafts.
+        drafts: The buffers.
+    """
+
+    def __init__(
+        self, config: PartitionConfig, context: EngineContext, decision: Decision, drafts: Sequence[Draft]
+    ) -> None:
         self._config = config
         self._context = context
-        self.where = where
-        self._weights = 0
-        self._tiers: dict[int, tuple[Tier, Tier]] = {}
+        self._decision = decision
+        self._drafts = drafts
+        plans = list({id(d.plan): d.plan for d in drafts}.values())
+        tiers = zip(decision.params, decision.optimizer, strict=True)
+        self._tiers = {id(plan): both for plan, both in zip(plans, tiers, strict=True)}
 
     def _paged(self, tier: Tier) -> bool:
         """Whether weights that rest there are gathered into slots."""
         aliased, sharded = self._context.aliased, self._context.comm is not None and self._config.stage == 3
         return tier == "nvme" or (tier == "host" and not aliased) or sharded
 
-    def _in_host_memory(self, tier: Tier) -> bool:
-        return tier == "host" or (tier == "device" and self._context.aliased)
-
     def _tiers_of(self, draft: Draft) -> tuple[Tier, Tier]:
         """Return where a buffer's weights rest, and its state."""
         params, optimizer = self._tiers[id(draft.plan)]
         return params, optimizer if draft.learns else params
 
-    def install(self, drafts: Sequence[Draft], size: ModelSize, rooms: _Free) -> None:
-        """Make the rings that the plan needs, settle what rests where, and reserve the room on NVMe.
-
-        Args:
-            drafts: The buffers.
-            size: Their sizes.
-            rooms: Bytes that may be taken.
-        """
-        config, context, where = self._config, self._context, self.where
-        self._weights = size.weights
-        asked = config.memory.host_bytes
-        moves = "nvme" in (where.params, where.optimizer)
-        auto = "auto" in (config.offload_params, config.offload_optimizer)
-        if asked is not None and moves and auto:  # what rings do not take is for planes that stay in memory
-            slots = size.largest_unit + size.root_unit
-            least = slots + 2 * _SMALLEST_TILE * self._width(drafts)
-            asked = min(asked, max(asked // 2, least, -(-3 * slots // 2)))
-        store: NvmeStore | None = None
-        if moves:
+    def install(self) -> None:
+        """Make the rings that were decided on, and reserve the room on NVMe."""
+        config, context, decision = self._config, self._context, self._decision
+        if decision.moves:
             store = NvmeStore(config.nvme_path, config.io, context.counters)
             context.install(nvme=store)
-            asked = self._install_tiles(drafts, asked)
-            taken = size.gradients + context.tiles.nbytes + (0 if where.optimizer == "nvme" else size.state)
-            if (
-                config.offload_params == "auto"
-                and self._in_host_memory(where.params)
-                and taken + size.weights > rooms.host
-            ):
-                self.where = where = Placement("nvme", where.optimizer)  # as a whole; units that fit stay
-        if self._paged(where.params):
-            self._install_slots(size, asked, auto=auto)
-        rings = {tier: sum(n for _, t, n in context.pages() if t == tier) for tier in ("host", "device")}
-        self._settle_tiers(
-            drafts,
-            _Free(rooms.host - size.gradients - rings["host"], rooms.device - rings["device"]),
-            size.largest_unit,
-        )
-        if store is not None:
-            placed = [(d, *self._tiers_of(d)) for d in drafts]
-            on_nvme = sum(d.shard * d.compute_dtype.itemsize for d, params, _ in placed if params == "nvme")
-            on_nvme += sum(NvmeState.bytes_needed(d.shard, d.later_planes) for d, _, state in placed if state == "nvme")
-            store.reserve(on_nvme)
+            tiles = decision.tiles
+            ring = TileRing(tiles.count, tiles.numel, tiles.width, context.allocate_host, context.counters)
+            context.install(tiles=ring)
+            store.reserve(decision.on_nvme)
+        if decision.slots:
+            context.install(ring=SlotRing(decision.slots, context.allocate_device, context.counters))
+        if decision.staging:
+            context.install(staging=SlotRing(decision.staging, context.allocate_host, context.counters))
 
-    @staticmethod
-    def _width(drafts: Sequence[Draft]) -> int:
-        """Return the bytes of state of an element, where they are the most."""
-        return max([8, *(bytes_per_element(d.later_planes) for d in drafts)])
-
-    def _install_tiles(self, drafts: Sequence[Draft], asked: int | None) -> int | None:
-        """Make the staging for state; return what is left of the budget that was asked for."""
-        config, context = self._config, self._context
-        width = self._width(drafts)
-        numel = min(config.io.tile_numel, max((d.shard for d in drafts), default=4096))
-        largest = max((NvmeState.bytes_needed(d.shard, d.later_planes) for d in drafts), default=0)
-        share = None if asked is None else asked // 3
-        if share is not None:  # a small budget gets small tiles, two at least
-            numel = min(numel, max(share // (2 * width) // _SMALLEST_TILE * _SMALLEST_TILE, _SMALLEST_TILE))
-        tiles = tile_count(share, numel * width, largest if self.where.optimizer == "nvme" else 0, self._free.host)
-        ring = TileRing(tiles, numel, width, context.allocate_host, context.counters)
-        context.install(tiles=ring)
-        return None if asked is None else max(0, asked - ring.nbytes)
-
-    def _install_slots(self, size: ModelSize, asked: int | None, *, auto: bool) -> None:
-        """Make the slots for gathered weights."""
-        config, context = self._config, self._context
-
-        def budget(asked: int | None, free: int, option: str) -> int:
-            wanted = slot_budget(size, asked, free, option)
-            return min(wanted, slot_budget(size, None, max(free, wanted), option)) if auto else wanted
-
-        if context.aliased:
-            slots = budget(asked, self._free.host, "memory.host_bytes")
-            context.install(ring=SlotRing(slots, context.allocate_device, context.counters))
-            return
-        slots = budget(config.memory.device_bytes, self._free.device, "memory.device_bytes")
-        context.install(ring=SlotRing(slots, context.allocate_device, context.counters))
-        if self.where.params == "nvme":
-            staging = budget(asked, self._free.host, "memory.host_bytes")
-            context.install(staging=SlotRing(staging, context.allocate_host, context.counters))
-
-    def _settle_tiers(self, drafts: Sequence[Draft], rooms: _Free, largest: int) -> None:
-        """Decide for each unit what rests where, with the bytes that are left and those of the largest unit."""
-        config, where = self._config, self.where
-        plans = list({id(d.plan): d.plan for d in drafts}.values())
-        sizes = []
-        for plan in plans:
-            own = [d for d in drafts if d.plan is plan]
-            weights = sum(d.padded * d.compute_dtype.itemsize // (d.shards if config.stage == 3 else 1) for d in own)
-            state = sum(NvmeState.bytes_needed(d.shard, d.later_planes) for d in own if d.learns)
-            sizes.append(UnitSize(weights, state, root=not plan.name))
-        weights, state = sum(u.weights for u in sizes), sum(u.state for u in sizes)
-        host = rooms.host - weights * self._in_host_memory(where.params) - state * self._in_host_memory(where.optimizer)
-        device = rooms.device - weights * (where.params == "device") - largest  # gradients of a unit on their way
-        tiers = keep_in_memory(
-            sizes,
-            where,
-            config.offload_params,
-            config.offload_optimizer,
-            host,
-            cpu=self._context.aliased,
-            device_room=device,
-        )
-        self._tiers = {
-            id(plan): both for plan, both in zip(plans, zip(tiers.params, tiers.optimizer, strict=True), strict=True)
-        }
-
-    def build(self, plans: Sequence[UnitPlan], drafts: Sequence[Draft]) -> list[Unit]:
+    def build(self, plans: Sequence[UnitPlan]) -> list[Unit]:
         """Build every unit, the root's last."""
         by_plan: dict[int, list[FlatBuffer]] = {id(plan): [] for plan in plans}
-        for draft in self._progress(drafts):
+        for draft in self._progress(self._drafts):
             by_plan[id(draft.plan)].append(self._buffer(draft))
         kept = [p for p in plans if by_plan[id(p)] and p.name] + [p for p in plans if not p.name]
         return [Unit(i, p.name, p.module, by_plan[id(p)]) for i, p in enumerate(kept)]
 
     def _progress(self, drafts: Sequence[Draft]) -> Iterator[Draft]:
-        if self._weights < _SHOW_PROGRESS_BYTES or not sys.stderr.isatty():
+        if sum(d.padded * d.compute_dtype.itemsize for d in drafts) < _SHOW_PROGRESS_BYTES or not sys.stderr.isatty():
             yield from drafts
             return
         from rich.console import Console
@@ -360,11 +325,6 @@ def tiers(engine: Engine, what: Literal["weights", "optimizer state"]) -> str:
         engine.placement.params if what == "weights" else engine.placement.optimizer
     }
     return " and ".join(sorted(places))
-
-
-def describe(engine: Engine) -> str:
-    """Return the table of what lives where."""
-    return table(residency(engine))
 
 
 def default_nvme_path(given: str | os.PathLike[str] | None, root: str | os.PathLike[str]) -> str:

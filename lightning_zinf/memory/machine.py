@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -36,6 +38,13 @@ def free_device_bytes(device: torch.device) -> int:
     return free_host_bytes()
 
 
+def free_disk_bytes(folder: str | os.PathLike[str]) -> int:
+    """Return the free bytes of the disk that a folder lies on, or will lie on once it is made."""
+    path = Path(folder).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    return shutil.disk_usage(there).free
+
+
 def _meminfo() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -43,8 +52,6 @@ def _meminfo() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 

@@ -1,8 +1,7 @@
-"""Which tier holds what: the rule for ``"auto"``, the page budgets, and the table that is printed at the start."""
+"""Which tier holds what: the rule for ``"auto"`` and the page budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_zinf.config import Offload, Tier
@@ -127,12 +126,6 @@ def tile_count(asked: int | None, tile_bytes: int, largest_state: int, free: int
     """Return how many tiles of staging to have: two units' state, as far as the budget or the free memory allows."""
     wanted = max(4, -(-2 * largest_state // tile_bytes))
     return max(2, min(wanted, (free // 8 if asked is None else asked) // tile_bytes))
-
-
-def table(rows: Sequence[tuple[str, str, int]]) -> str:
-    """Format ``(what, tier, bytes)`` rows."""
-    width = max(len(r[0]) for r in rows)
-    return "\n".join(f"  {what:<{width}}  {tier:<6}  {_gib(nbytes):>11}" for what, tier, nbytes in rows)
 
 
 def _gib(nbytes: int) -> str:

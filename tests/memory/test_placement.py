@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_zinf.memory import machine
-from lightning_zinf.memory.placement import COMFORT, ModelSize, Placement, place, room, slot_budget, table, tile_count
+from lightning_zinf.memory.placement import COMFORT, ModelSize, Placement, place, room, slot_budget, tile_count
 
 GIB = 2**30
 MODEL = ModelSize(weights=2 * GIB, state=6 * GIB, gradients=2 * GIB, largest_unit=GIB // 4, root_unit=GIB // 8)
@@ -156,12 +156,6 @@ def test_tiles_hold_two_units_or_what_the_budget_allows_and_two_at_least(
     asked: int | None, largest_state: int, free: int, expected: int
 ) -> None:
     assert tile_count(asked, 10, largest_state, free) == expected
-
-
-def test_the_table_has_a_line_for_each_row() -> None:
-    lines = table([("weights", "nvme", 3 * GIB), ("exp_avg", "host", 2**20)]).splitlines()
-    assert [line.split() for line in lines] == [["weights", "nvme", "3.00", "GiB"], ["exp_avg", "host", "1.00", "MiB"]]
-    assert len({len(line) for line in lines}) == 1
 
 
 # ------------------------------------------------------------------ how much is free

@@ -1,0 +1,118 @@
+"""Peak memory of every tier on one rank, item by item."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from lightning_zinf.config import Tier
+from lightning_zinf.memory.placement import ModelSize
+from lightning_zinf.memory.planner.decide import Decision
+from lightning_zinf.memory.planner.machine import Machine
+from lightning_zinf.memory.planner.model import ModelSpec
+from lightning_zinf.memory.planner.options import PlanOptions
+
+REDUCE_BYTES = 256 * 2**20
+"""Most bytes of gradients under way to other ranks, unless a few units have more; small models take less."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that takes memory for a whole step, or at its worst moment.
+
+    Attributes:
+        what: Name for the reader.
+        tier: Where.
+        nbytes: Bytes of one rank.
+    """
+
+    what: str
+    tier: Tier
+    nbytes: int
+
+
+def reduce_bytes(largest_unit: int, whole: int) -> int:
+    """Return the budget for gradients under way to other ranks, of weights of that many bytes."""
+    return min(REDUCE_BYTES, max(4 * largest_unit, whole // 4))
+
+
+def items(
+    model: ModelSpec,
+    decision: Decision,
+    size: ModelSize,
+    machine: Machine,
+    options: PlanOptions,
+) -> list[Item]:
+    """Return everything that takes memory on one rank at the worst moment of a step."""
+    found: dict[tuple[str, Tier], int] = {}
+
+    def add(what: str, tier: Tier, nbytes: float, /) -> None:
+        if nbytes:
+            key = (what, "host" if machine.aliased and tier == "device" else tier)
+            found[key] = found.get(key, 0) + int(nbytes)
+
+    for buffer in decision.buffers:
+        for plane, tier, nbytes in buffer.planes():
+            if plane == "weight" and options.stage < 3:
+                nbytes = buffer.whole_bytes
+            add("weights" if plane == "weight" else plane, tier, nbytes)
+        copied = buffer.weights == "device" and buffer.state != "device"
+        if copied and not machine.aliased and buffer.spec.learns:
+            add("copy of the weights for the update", "host", buffer.weight_bytes)
+    _gradients(add, decision, size, machine, options)
+    add("slots for gathered weights", "device", decision.slots)
+    add("staging for weights", "host", decision.staging)
+    add("staging for state", "host", decision.tiles.nbytes)
+    _activations(add, model, options)
+    return [Item(what, tier, nbytes) for (what, tier), nbytes in found.items()]
+
+
+class _Add(Protocol):
+    def __call__(self, what: str, tier: Tier, nbytes: float, /) -> None: ...
+
+
+def _gradients(add: _Add, decision: Decision, size: ModelSize, machine: Machine, options: PlanOptions) -> None:
+    """Count gradients between backward and update.
+
+    All of them: where updates run in backward they are fewer, but not in the first step, which only watches. What if
+    they always ran in backward is answered for ``update="backward"``: two units' worth then.
+    """
+    world_size = machine.world_size
+    by_unit: dict[int, int] = {}
+    kept: dict[Tier, dict[int, int]] = {}
+    for buffer in decision.buffers:
+        if not buffer.spec.learns:
+            continue
+        on_device = buffer.state == "device" and buffer.weights == "device"
+        if world_size == 1:
+            nbytes = buffer.elements * buffer.spec.weight_bytes
+            nbytes += 4 * buffer.elements if options.accumulate > 1 and buffer.spec.weight_bytes < 4 else 0
+        else:
+            nbytes = 4 * buffer.shard
+        units = kept.setdefault("device" if on_device or machine.aliased else "host", {})
+        units[buffer.unit] = units.get(buffer.unit, 0) + nbytes
+        by_unit[buffer.unit] = by_unit.get(buffer.unit, 0) + buffer.whole_bytes
+    for tier, units in kept.items():
+        most = 2 * max(units.values()) if options.update == "backward" else sum(units.values())
+        add("gradients", tier, min(most, sum(units.values())))
+    learning, biggest = sum(by_unit.values()), max(by_unit.values(), default=0)
+    if world_size > 1:
+        if options.stage == 1:
+            add("gradients of this rank", "device", learning)
+        assert size.whole is not None
+        # A unit's gradients as autograd leaves them, and what is sent and what arrives of as many as may be under way.
+        budget = max(2 * biggest, reduce_bytes(size.largest_unit, size.whole))
+        add("gradients under way", "device", biggest + min(2 * learning, budget))
+    elif not machine.aliased and any(b.state != "device" for b in decision.buffers):
+        add("gradients under way", "device", biggest)
+
+
+def _activations(add: _Add, model: ModelSpec, options: PlanOptions) -> None:
+    batch = options.batch
+    if not options.recompute:
+        add("activations", "device", batch * sum(u.saved_bytes for u in model.units))
+        return
+    blocks = [u for u in model.units if u.input_bytes]
+    add("activations", "device", batch * max((u.saved_bytes for u in blocks), default=0))
+    add("activations", "device", batch * sum(u.saved_bytes for u in model.units if not u.input_bytes))
+    add("inputs of recomputed units", options.checkpoints, batch * sum(u.input_bytes for u in blocks))
