@@ -237,7 +237,7 @@ class _Builder:
         context.install(ring=SlotRing(slots, context.allocate_device, context.counters))
         if self.where.params == "nvme":
             staging = budget(asked, self._free.host, "memory.host_bytes")
-            context.install(staging=SlotRing(staging, context.allocate_host, context.counters))
+            context.install(staging=SlotRing(staging, context.allocate_host, context.counters, "staging"))
 
     def _settle_tiers(self, drafts: Sequence[Draft], rooms: _Free, largest: int) -> None:
         """Decide for each unit what rests where, with the bytes that are left and those of the largest unit."""
@@ -289,7 +289,7 @@ class _Builder:
         buffer = FlatBuffer(label, draft.names, draft.params, draft.compute_dtype, context, params, state)
         master = self._take_values(buffer)
         if draft.planes:
-            buffer.state = context.new_state(buffer.shard_numel, draft.planes, state)
+            buffer.state = context.new_state(buffer.shard_numel, draft.planes, state, label)
         self._settle(buffer, master)
         return buffer
 
@@ -312,7 +312,7 @@ class _Builder:
         """Put the weights where they rest, and bind or release the parameters."""
         context, tier = self._context, buffer.params_tier
         aliased, paged = context.aliased, self._paged(buffer.params_tier)
-        nvme = context.nvme.allocate(buffer.shard_bytes) if tier == "nvme" else None
+        nvme = context.nvme.allocate(buffer.shard_bytes, f"{buffer.name}/weight") if tier == "nvme" else None
         slot = None if paged else Slot(context.allocate_device(buffer.weight_bytes))
         home = None
         if paged and (tier == "device" or (aliased and nvme is None)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import warnings
@@ -20,11 +21,12 @@ _RAM_BACKED = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class Extent:
-    """A piece of a file: ``nbytes`` from ``offset``, both multiples of 4096."""
+    """A piece of a file: ``nbytes`` from ``offset``, both multiples of 4096, and what lies there."""
 
     file: File
     offset: int
     nbytes: int
+    name: str = ""
 
 
 class NvmeStore:
@@ -82,12 +84,12 @@ class NvmeStore:
         self.files.append(file)
         self._free_from = 0
 
-    def allocate(self, nbytes: int) -> Extent:
+    def allocate(self, nbytes: int, name: str = "") -> Extent:
         """Return the next extent of ``nbytes``, reserving a file for it if none has room."""
         nbytes = round_up(nbytes, SHARD_ALIGNMENT)
         if not self.files or self._free_from + nbytes > self.files[-1].size:
             self.reserve(max(nbytes, self._chunk_bytes))
-        extent = Extent(self.files[-1], self._free_from, nbytes)
+        extent = Extent(self.files[-1], self._free_from, nbytes, name)
         self._free_from += nbytes
         self.allocated_bytes += nbytes
         return extent
@@ -96,13 +98,17 @@ class NvmeStore:
         """Start to fill ``tensor`` from ``offset`` bytes into ``extent``."""
         self._check(extent, tensor, offset)
         self._counters.nvme_read_bytes += tensor.nbytes
-        return self.engine.read(extent.file, extent.offset + offset, tensor)
+        trace = self._counters.trace
+        submit = functools.partial(self.engine.read, extent.file, extent.offset + offset, tensor)
+        return submit() if trace is None else trace.request("nvme_read", extent.name, tensor.nbytes, submit)
 
     def write(self, extent: Extent, tensor: Tensor, offset: int = 0) -> Ticket:
         """Start to write ``tensor`` at ``offset`` bytes into ``extent``."""
         self._check(extent, tensor, offset)
         self._counters.nvme_write_bytes += tensor.nbytes
-        return self.engine.write(extent.file, extent.offset + offset, tensor)
+        trace = self._counters.trace
+        submit = functools.partial(self.engine.write, extent.file, extent.offset + offset, tensor)
+        return submit() if trace is None else trace.request("nvme_write", extent.name, tensor.nbytes, submit)
 
     def close(self) -> None:
         """Finish what is under way and give the space back."""
