@@ -53,7 +53,8 @@ class ZinfTimelineBody(_Base):
 
     def file_of(self, trainer: Trainer, rank: int) -> Path:
         """Return the file of a rank."""
-        stem, suffix = self.path.split(".json")[0], ".json" + ".gz" * self.path.endswith(".gz")
+        suffix = ".json.gz" if self.path.endswith(".gz") else ".json"
+        stem = self.path.removesuffix(suffix)
         return Path(trainer.default_root_dir) / f"{stem}-rank{rank}{suffix}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
