@@ -24,8 +24,8 @@ from lightning_zinf.comm.group import Reduction
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.optim.update import Update
 
-LONGEST = 0.004
-"""Seconds: several times what a step of a small unit takes."""
+SHORT, LONG = 0.004, 0.06
+"""Seconds: about what a small unit takes, and about what a step takes."""
 
 
 class Late:
@@ -70,10 +70,12 @@ class Delays:
         self._lock = threading.Lock()
 
     def draw(self, stage: str) -> float:
-        """Return the next delay: often none, at times a long one."""
+        """Return the next delay: often none, rarely a long one, and that only where it may outlast a step."""
         with self._lock:
             self.count[stage] += 1
-            return self._noise.choice((0.0, 0.0, LONGEST * self._noise.random()))
+            if stage == "nvme_write" and self._noise.random() < 0.2:
+                return LONG
+            return self._noise.choice((0.0, 0.0, SHORT * self._noise.random()))
 
     def sleep(self, stage: str) -> None:
         time.sleep(self.draw(stage))
