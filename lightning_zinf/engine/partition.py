@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -178,7 +176,7 @@ class _Builder:
             asked = min(asked, max(asked // 2, least, -(-3 * slots // 2)))
         store: NvmeStore | None = None
         if moves:
-            store = NvmeStore(config.nvme_path, config.io, context.counters)
+            store = NvmeStore(config.nvme_paths, config.io, context.counters)
             context.install(nvme=store)
             asked = self._install_tiles(drafts, asked)
             taken = size.gradients + context.tiles.nbytes + (0 if where.optimizer == "nvme" else size.state)
@@ -365,8 +363,3 @@ def tiers(engine: Engine, what: Literal["weights", "optimizer state"]) -> str:
 def describe(engine: Engine) -> str:
     """Return the table of what lives where."""
     return table(residency(engine))
-
-
-def default_nvme_path(given: str | os.PathLike[str] | None, root: str | os.PathLike[str]) -> str:
-    """Return the folder for NVMe files: the option, else $ZINF_NVME_PATH, else one below the Trainer's root."""
-    return str(given or os.environ.get("ZINF_NVME_PATH") or Path(root) / "zinf_nvme")

@@ -219,6 +219,7 @@ def session(
     model: nn.Module | None = None,
     memory: MemoryConfig | None = None,
     io: IOConfig | None = None,
+    nvme: tuple[str, ...] = (),
     ranks: Ranks | None = None,
     stage: int = 3,
     shard: int | None = None,
@@ -240,7 +241,7 @@ def session(
         precision=precision,  # type: ignore[arg-type]
         offload_params=where.params,
         offload_optimizer=where.optimizer,
-        nvme_path=str(folder / "nvme"),
+        nvme_paths=nvme or (str(folder / "nvme"),),
         units=case.units,
         memory=memory,
         overlap=OverlapConfig(prefetch=where.prefetch, update=where.update),

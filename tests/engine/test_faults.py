@@ -29,7 +29,7 @@ class Refused:
     """A request that the drive refused."""
 
     def __init__(self, extent: Extent) -> None:
-        self._path = extent.file.path
+        self._path = extent.volume.files[0].path
 
     def wait(self, timeout: float | None = None) -> int:
         raise OSError(errno.EIO, "Input/output error", self._path)
