@@ -2,7 +2,7 @@
 
 Importing this package imports neither torch nor Lightning. The strategy and the callbacks exist once for
 ``lightning.pytorch`` and once for ``pytorch_lightning``, which do not accept each other's objects; ``ZinfStrategy``,
-``ZinfMonitor`` and ``ZinfEMA`` are those of the package that is in use.
+``ZinfMonitor``, ``ZinfTimeline`` and ``ZinfEMA`` are those of the package that is in use.
 """
 
 import importlib
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_zinf.lightning import ZinfEMA as ZinfEMA
     from lightning_zinf.lightning import ZinfMonitor as ZinfMonitor
     from lightning_zinf.lightning import ZinfStrategy as ZinfStrategy
+    from lightning_zinf.lightning import ZinfTimeline as ZinfTimeline
 
 __version__ = "0.1.0"
 
@@ -32,13 +33,14 @@ __all__ = [
     "ZinfEMA",
     "ZinfMonitor",
     "ZinfStrategy",
+    "ZinfTimeline",
     "__version__",
     "full_state_dict",
     "gathered",
     "load_pretrained",
 ]
 
-_FACES = ("ZinfEMA", "ZinfMonitor", "ZinfStrategy")
+_FACES = ("ZinfEMA", "ZinfMonitor", "ZinfStrategy", "ZinfTimeline")
 _HOMES = {"lightning.pytorch": "lightning_zinf.lightning", "pytorch_lightning": "lightning_zinf.pl"}
 _MODULE_OF = {
     "IOConfig": "lightning_zinf.config",

@@ -7,8 +7,10 @@ place for it.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Union
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +85,8 @@ class IOConfig:
     Args:
         threads: Number of I/O threads.
         queue_depth: Most requests under way at once.
-        block_bytes: Size in bytes of the pieces that a request is cut into.
+        block_bytes: Size in bytes of the pieces that a request is cut into, and of the stripes over several
+            ``nvme_path``.
         backend: ``auto`` takes io_uring where a run-time probe finds it usable and fast, else a pool of threads.
         tile_numel: Elements of optimizer state read, updated and written as one piece.
         direct: Bypass the page cache (O_DIRECT) where the file system allows it.
@@ -109,7 +112,29 @@ class IOConfig:
             raise ValueError(f"io.backend must be 'auto', 'threads' or 'io_uring', got {self.backend!r}")
 
 
-NvmePath = Union[str, "os.PathLike[str]", None]
+def nvme_paths(
+    given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None, root: str | os.PathLike[str]
+) -> tuple[str, ...]:
+    """Return the folders for NVMe files: the option, else $ZINF_NVME_PATH, else one below the Trainer's root.
+
+    Args:
+        given: The option: a folder, several, or None. The environment variable may have several too, with
+            ``os.pathsep`` between them.
+        root: The Trainer's ``default_root_dir``.
+
+    Raises:
+        TypeError: If the option is something else.
+        ValueError: If it is an empty list, or has an empty name.
+    """
+    if given is None:
+        found = os.environ.get("ZINF_NVME_PATH", "").split(os.pathsep)
+        return tuple(path for path in found if path) or (str(Path(root) / "zinf_nvme"),)
+    several = [given] if isinstance(given, (str, os.PathLike)) else given
+    if not isinstance(several, (list, tuple)) or not all(isinstance(p, (str, os.PathLike)) for p in several):
+        raise TypeError(f"nvme_path must be a folder or a list of folders, got {given!r}")
+    if not several or not all(os.fspath(path) for path in several):
+        raise ValueError(f"nvme_path must name at least one folder, and no empty one, got {given!r}")
+    return tuple(os.fspath(path) for path in several)
 
 
 def check_offload(name: str, value: str) -> None:
@@ -128,7 +153,7 @@ class PartitionConfig:
         precision: Lightning's name of the precision.
         offload_params: Where weights rest.
         offload_optimizer: Where optimizer state rests.
-        nvme_path: Folder for what goes to NVMe.
+        nvme_paths: Folders for what goes to NVMe, which is striped over them.
         units: Class names of modules to take as units.
         memory: Budgets.
         overlap: What runs ahead.
@@ -142,7 +167,7 @@ class PartitionConfig:
     precision: Precision = "32-true"
     offload_params: Offload = "auto"
     offload_optimizer: Offload = "auto"
-    nvme_path: str = "zinf_nvme"
+    nvme_paths: tuple[str, ...] = ("zinf_nvme",)
     units: tuple[str, ...] = ()
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)

@@ -8,10 +8,11 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_zinf.callbacks.ema import ZinfEMABody
 from lightning_zinf.callbacks.monitor import ZinfMonitorBody
+from lightning_zinf.callbacks.timeline import ZinfTimelineBody
 from lightning_zinf.precision import ZinfPrecisionBody
 from lightning_zinf.strategy import ZinfStrategyBody
 
-__all__ = ["ZinfEMA", "ZinfMonitor", "ZinfPrecision", "ZinfStrategy"]
+__all__ = ["ZinfEMA", "ZinfMonitor", "ZinfPrecision", "ZinfStrategy", "ZinfTimeline"]
 
 
 class ZinfPrecision(ZinfPrecisionBody, Precision):
@@ -36,3 +37,7 @@ class ZinfMonitor(ZinfMonitorBody, Callback):  # noqa: D101
 
 class ZinfEMA(ZinfEMABody, Callback):  # noqa: D101
     __doc__ = ZinfEMABody.__doc__
+
+
+class ZinfTimeline(ZinfTimelineBody, Callback):  # noqa: D101
+    __doc__ = ZinfTimelineBody.__doc__

@@ -8,10 +8,11 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from lightning_zinf.callbacks.ema import ZinfEMABody
 from lightning_zinf.callbacks.monitor import ZinfMonitorBody
+from lightning_zinf.callbacks.timeline import ZinfTimelineBody
 from lightning_zinf.precision import ZinfPrecisionBody
 from lightning_zinf.strategy import ZinfStrategyBody
 
-__all__ = ["ZinfEMA", "ZinfMonitor", "ZinfPrecision", "ZinfStrategy"]
+__all__ = ["ZinfEMA", "ZinfMonitor", "ZinfPrecision", "ZinfStrategy", "ZinfTimeline"]
 
 
 class ZinfPrecision(ZinfPrecisionBody, Precision):  # type: ignore[misc]
@@ -36,3 +37,7 @@ class ZinfMonitor(ZinfMonitorBody, Callback):  # type: ignore[misc]  # noqa: D10
 
 class ZinfEMA(ZinfEMABody, Callback):  # type: ignore[misc]  # noqa: D101
     __doc__ = ZinfEMABody.__doc__
+
+
+class ZinfTimeline(ZinfTimelineBody, Callback):  # type: ignore[misc]  # noqa: D101
+    __doc__ = ZinfTimelineBody.__doc__

@@ -22,9 +22,17 @@ from torch import Tensor
 from lightning_zinf import _compat, ops
 from lightning_zinf import precision as precisions
 from lightning_zinf.checkpoint.full import full_state_dict
-from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig, PartitionConfig, check_offload
+from lightning_zinf.config import (
+    IOConfig,
+    MemoryConfig,
+    Offload,
+    OverlapConfig,
+    PartitionConfig,
+    check_offload,
+    nvme_paths,
+)
 from lightning_zinf.engine.construction import paged_construction
-from lightning_zinf.engine.partition import default_nvme_path, engine_of, forget, partition, tiers
+from lightning_zinf.engine.partition import engine_of, forget, partition, tiers
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
 from lightning_zinf.planning.report import memory_text
@@ -59,8 +67,9 @@ class ZinfStrategyBody(CheckpointsPart):
         offload_params: Where weights rest. ``auto`` takes the fastest tier with room, ``none`` the device, ``cpu`` host
             memory, ``nvme`` files below ``nvme_path``. Stages 1 and 2 take ``auto`` for ``none``.
         offload_optimizer: Where optimizer state rests, with the same choices.
-        nvme_path: Folder on a fast local disk. By default the environment variable ZINF_NVME_PATH, else ``zinf_nvme``
-            in the Trainer's ``default_root_dir``.
+        nvme_path: Folder on a fast local disk, or a list of folders on several, which are read and written at once. By
+            default the environment variable ZINF_NVME_PATH (several folders with ``:`` between them), else
+            ``zinf_nvme`` in the Trainer's ``default_root_dir``.
         units: Class names of modules whose parameters are gathered and released together. By default the repeated
             blocks of the model.
         memory: Budgets for memory that weights and state pass through.
@@ -91,7 +100,7 @@ class ZinfStrategyBody(CheckpointsPart):
         stage: Literal[1, 2, 3] = 3,
         offload_params: Offload = "auto",
         offload_optimizer: Offload = "auto",
-        nvme_path: str | None = None,
+        nvme_path: str | list[str] | None = None,
         units: list[str] | None = None,
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008  # frozen, and LightningCLI shows its fields
         overlap: OverlapConfig = OverlapConfig(),  # noqa: B008
@@ -130,6 +139,7 @@ class ZinfStrategyBody(CheckpointsPart):
         self._failed = False
         self.offload_params: Offload = offload_params
         self.offload_optimizer: Offload = offload_optimizer
+        nvme_paths(nvme_path, ".")
         self.nvme_path = nvme_path
         self.units = units
         self.memory = memory
@@ -279,7 +289,7 @@ class ZinfStrategyBody(CheckpointsPart):
 
     def _equal(self, old: PartitionConfig, new: PartitionConfig) -> bool:
         if self.nvme_path is None:  # another Trainer's default folder is as good
-            new = replace(new, nvme_path=old.nvme_path)
+            new = replace(new, nvme_paths=old.nvme_paths)
         return old == new
 
     def _partition_config(self) -> PartitionConfig:
@@ -290,7 +300,7 @@ class ZinfStrategyBody(CheckpointsPart):
             precision=self.precision_plugin.precision,
             offload_params=self.offload_params if self.stage == 3 else "none",
             offload_optimizer=self.offload_optimizer,
-            nvme_path=default_nvme_path(self.nvme_path, os.getcwd() if "://" in root else root),
+            nvme_paths=nvme_paths(self.nvme_path, os.getcwd() if "://" in root else root),
             units=tuple(self.units or ()),
             memory=self.memory,
             overlap=self.overlap,
@@ -304,7 +314,7 @@ class ZinfStrategyBody(CheckpointsPart):
         rank_zero_info(
             f"zinf: stage {self.stage}, {self.precision_plugin.precision}, {len(engine.units)} units; "
             f"weights on {tiers(engine, 'weights')}, optimizer state on {tiers(engine, 'optimizer state')}"
-            + (f", NVMe files in {engine.config.nvme_path}" if engine.context.has_nvme else "")
+            + (f", NVMe files in {', '.join(engine.config.nvme_paths)}" if engine.context.has_nvme else "")
             + f"\n{memory_text(engine.plan)}"
         )
 

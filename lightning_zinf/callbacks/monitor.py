@@ -17,22 +17,38 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-PER_STEP_BYTES = ("nvme_read_bytes", "nvme_write_bytes", "host_to_device_bytes", "device_to_host_bytes")
+PER_STEP_BYTES = (
+    "nvme_read_bytes",
+    "nvme_write_bytes",
+    "host_to_device_bytes",
+    "device_to_host_bytes",
+    "all_gather_bytes",
+    "reduce_scatter_bytes",
+    "all_reduce_bytes",
+    "broadcast_bytes",
+    "reused_bytes",
+)
+_OF_RANKS = ("all_gather_bytes", "reduce_scatter_bytes", "all_reduce_bytes", "broadcast_bytes")
+STALLS = ("stall_read_seconds", "stall_write_seconds", "stall_gather_seconds")
+SINCE_START = ("refills", "faults", "overcommits", "orphaned_slots")
 
 
 class ZinfMonitorBody(_Base):
     """Logs the traffic, the stalls and the residency of the zinf strategy's engine.
 
-    Every ``Trainer(log_every_n_steps=...)`` steps it logs, as means over the optimizer steps since the last time:
+    Every ``Trainer(log_every_n_steps=...)`` steps it logs, to the loggers and to ``trainer.callback_metrics``, as means
+    over the optimizer steps since the last time, for this rank:
 
     - ``zinf/nvme_read_bytes_per_step``, ``zinf/nvme_write_bytes_per_step``, ``zinf/host_to_device_bytes_per_step``,
-      ``zinf/device_to_host_bytes_per_step``
-    - ``zinf/stall_seconds_per_step``: how long the computation waited for reads and writes, and ``zinf/stall_share``:
-      that part of the whole time
+      ``zinf/device_to_host_bytes_per_step``, and with several ranks ``all_gather``, ``reduce_scatter``, ``all_reduce``
+      and ``broadcast`` in the same way; ``zinf/reused_bytes_per_step``: what did not have to be read
+    - ``zinf/stall_read_seconds_per_step``, ``zinf/stall_write_seconds_per_step``,
+      ``zinf/stall_gather_seconds_per_step``: how long the computation waited for reads, for writes and for other ranks;
+      ``zinf/stall_seconds_per_step``: all of it, and ``zinf/stall_share``: that part of the whole time
     - ``zinf/update_seconds_per_step``: time in optimizer updates of offloaded state
 
-    and as they are: ``zinf/refills`` and ``zinf/faults`` since training started , and
-    ``zinf/resident_bytes/device``, ``.../host`` and ``.../nvme``: what the engine keeps where.
+    and as they are: ``zinf/refills``, ``zinf/faults``, ``zinf/overcommits`` and ``zinf/orphaned_slots`` since training
+    started, and ``zinf/resident_bytes/device``, ``.../host`` and ``.../nvme``: what the engine keeps where.
     """
 
     def __init__(self) -> None:
@@ -81,14 +97,14 @@ class ZinfMonitorBody(_Base):
     def _metrics(self, engine: Engine, steps: int) -> dict[str, float]:
         grown = engine.counters.since(self._last)
         seconds = time.perf_counter() - self._last_time
-        stall = grown["stall_read_seconds"] + grown["stall_write_seconds"]
-        metrics = {f"zinf/{name}_per_step": grown[name] / steps for name in PER_STEP_BYTES}
+        stall = sum(grown[name] for name in STALLS)
+        moved = PER_STEP_BYTES if engine.context.comm is not None else (n for n in PER_STEP_BYTES if n not in _OF_RANKS)
+        metrics = {f"zinf/{name}_per_step": grown[name] / steps for name in (*moved, *STALLS)}
         metrics["zinf/stall_seconds_per_step"] = stall / steps
         metrics["zinf/stall_share"] = stall / seconds if seconds > 0 else 0.0
         metrics["zinf/update_seconds_per_step"] = grown["update_seconds"] / steps
         total = engine.counters.since(self._first)
-        metrics["zinf/refills"] = total["refills"]
-        metrics["zinf/faults"] = total["faults"]
+        metrics.update({f"zinf/{name}": total[name] for name in SINCE_START})
         tiers = dict.fromkeys(("device", "host", "nvme"), 0)
         for _, tier, nbytes in residency(engine):
             tiers[tier] += nbytes

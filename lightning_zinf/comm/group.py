@@ -16,7 +16,7 @@ from __future__ import annotations
 import atexit
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_zinf.comm.channel import Channel, StarChannel, connect
 from lightning_zinf.comm.rounds import Rounds
 from lightning_zinf.monitor.counters import Counters
+from lightning_zinf.monitor.trace import Event
 
 
 @dataclass
@@ -155,24 +156,46 @@ class Collectives:
         self.ranks = ranks
         self.counters = counters
 
-    def all_gather(self, whole: Tensor, shard: Tensor) -> Any:
-        """Start to fill ``whole`` with every rank's ``shard``, which may be its own part of ``whole``."""
-        self.counters.all_gather_bytes += whole.nbytes
-        return _all_gather(whole, shard, self.ranks.shard_group)
+    def all_gather(self, whole: Tensor, shard: Tensor, name: str) -> Any:
+        """Start to fill ``whole`` with every rank's ``shard``, which may be its own part of ``whole``.
 
-    def reduce_scatter(self, whole: Tensor) -> Reduction:
+        Returns:
+            Something to ``wait()`` for.
+        """
+        self.counters.all_gather_bytes += whole.nbytes
+        trace = self.counters.trace
+        event = None if trace is None else trace.observe("all_gather", name, whole.nbytes)
+        work = _all_gather(whole, shard, self.ranks.shard_group)
+        return work if event is None else _Observed(work, event)
+
+    def reduce_scatter(self, whole: Tensor, name: str) -> Reduction:
         """Start to reduce ``whole``, which must stay untouched until the result is taken."""
         self.counters.reduce_scatter_bytes += whole.nbytes
+        trace = self.counters.trace
+        event = None if trace is None else trace.observe("reduce_scatter", name, whole.nbytes)
         if self.ranks.shard_size == 1:
-            return Reduction(self, whole, whole, None)
+            return Reduction(self, whole, whole, None, event)
         received = torch.empty_like(whole)
         work = dist.all_to_all_single(received, whole, group=self.ranks.reduce_group, async_op=True)
-        return Reduction(self, whole, received, work)
+        return Reduction(self, whole, received, work, event)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Give ``tensor`` the value that it has on rank 0."""
         self.counters.broadcast_bytes += tensor.nbytes
         dist.broadcast(tensor, 0)
+
+
+@dataclass
+class _Observed:
+    """A collective under way, and its event in a trace."""
+
+    work: Any
+    event: Event
+
+    def wait(self) -> None:
+        """Block until it is done."""
+        self.work.wait()
+        self.event.close()
 
 
 @dataclass
@@ -184,13 +207,14 @@ class Reduction:
         sent: The whole gradients, kept until they are sent.
         received: One slice of each rank.
         work: The transfer, or None if there is none.
+        event: Its event in a trace, or None.
     """
 
     collectives: Collectives
     sent: Tensor | None
     received: Tensor
     work: Any
-    _over_replicas: Tensor | None = field(default=None, repr=False)
+    event: Event | None = None
 
     def mean(self) -> Tensor:
         """Wait, and return this rank's slice of the mean over all ranks, in float32."""
@@ -204,6 +228,8 @@ class Reduction:
             self.collectives.counters.all_reduce_bytes += total.nbytes
             _all_gather(everyone, total, ranks.replica_group).wait()
             total = _sum(everyone, ranks.replicas)
+        if self.event is not None:
+            self.event.close()
         return total.mul_(1.0 / ranks.world_size)
 
 

@@ -159,7 +159,7 @@ class FlatBuffer:
     def need_planes(self, planes: tuple[str, ...]) -> None:
         """Make sure that the buffer has these planes of optimizer state; new ones are zero."""
         if self.state is None or not (self.state.planes or set(planes) <= set(self.state.planes)):
-            self.state = self.context.new_state(self.shard_numel, planes, self.state_tier)
+            self.state = self.context.new_state(self.shard_numel, planes, self.state_tier, self.name)
         else:
             self.state.add_planes(planes)
 
@@ -216,7 +216,7 @@ class FlatBuffer:
         while self.pending:
             assert self.state is not None, self
             try:
-                with self.context.counters.timed("update_seconds"):
+                with self.context.counters.timed("update_seconds", self.name):
                     self.pending[0].apply(self.weights.host(), self.state)
             except BaseException:
                 if self.pending[0].done:  # what is updated so far goes home, to be gone on with from there
@@ -413,5 +413,5 @@ class FlatBuffer:
         if shard is None or comm is None:
             return shard
         whole = torch.empty(self.layout.padded_numel, dtype=shard.dtype, device=shard.device)
-        comm.all_gather(whole.view(torch.uint8), shard.view(torch.uint8)).wait()
+        comm.all_gather(whole.view(torch.uint8), shard.view(torch.uint8), f"{self.name}/{plane}").wait()
         return whole

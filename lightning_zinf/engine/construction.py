@@ -14,9 +14,8 @@ The final partition reads page by page into the units' flat buffers.
 
 from __future__ import annotations
 
-import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,18 +46,18 @@ class ConstructionPager:
     """Moves parameters of a model under construction to NVMe, oldest first.
 
     Args:
-        folder: Where the pages go.
+        folders: Where the pages go.
         budget: Bytes of ordinary parameters, and of pages that were brought back, to keep in memory.
         io: How to read and write.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], budget: int, io: IOConfig) -> None:
+    def __init__(self, folders: Sequence[str], budget: int, io: IOConfig) -> None:
         self.counters = Counters()
         self.context = EngineContext(torch.device("cpu"), self.counters, aliased=True)
         self.context.fault = self._on_fault
         self.context.retire = self.retire
         self.pages = 0
-        self._folder, self._io, self._budget = folder, io, budget
+        self._folders, self._io, self._budget = folders, io, budget
         self._live: dict[int, weakref.ref[nn.Parameter]] = {}
         self._live_bytes = 0
         self._largest = 0
@@ -90,7 +89,7 @@ class ConstructionPager:
 
     def _page_out(self, param: nn.Parameter) -> None:
         if not self.context.has_nvme:
-            store = NvmeStore(self._folder, self._io, self.counters, chunk_bytes=_CHUNK)
+            store = NvmeStore(self._folders, self._io, self.counters, chunk_bytes=_CHUNK)
             ring = SlotRing(self._budget, self.context.allocate_device, self.counters)
             self.context.install(nvme=store, ring=ring)
         page = FlatBuffer(f"page {self.pages}", [f"parameter {self.pages}"], [param], param.dtype, self.context)
@@ -159,7 +158,7 @@ def construction_budget(config: PartitionConfig, ranks: int = 1) -> int | None:
 
 @contextmanager
 def paged_construction(config: PartitionConfig, ranks: int = 1) -> Iterator[ConstructionPager | None]:
-    """Build modules inside; parameters beyond the budget go to files in ``config.nvme_path``.
+    """Build modules inside; parameters beyond the budget go to files in ``config.nvme_paths``.
 
     Nothing is written there before the budget is exceeded.
 
@@ -174,7 +173,7 @@ def paged_construction(config: PartitionConfig, ranks: int = 1) -> Iterator[Cons
     if budget is None:
         yield None
         return
-    pager = ConstructionPager(config.nvme_path, budget, config.io)
+    pager = ConstructionPager(config.nvme_paths, budget, config.io)
     handle = register_module_parameter_registration_hook(pager.seen)
     try:
         with large_blocks_apart():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -147,10 +148,10 @@ class EngineContext:
                 self._nvme.close()
             self._nvme = self._ring = self._staging = self._tiles = None
 
-    def new_state(self, numel: int, planes: tuple[str, ...], tier: Tier) -> State:
-        """Return zeroed state of ``numel`` elements on ``tier``."""
+    def new_state(self, numel: int, planes: tuple[str, ...], tier: Tier, name: str) -> State:
+        """Return zeroed state of ``numel`` elements on ``tier``, of the buffer ``name``."""
         if tier == "nvme" and planes:
-            return NvmeState(numel, planes, self.nvme, self.tiles, self.counters)
+            return NvmeState(numel, planes, self.nvme, self.tiles, self.counters, f"{name}/state")
         allocate = self.allocate_device if tier == "device" and not self.aliased else self.allocate_host
         return ResidentState(numel, planes, allocate)
 
@@ -185,13 +186,27 @@ class EngineContext:
 
     # ------------------------------------------------------------------ copies (CUDA parts not verified on a GPU yet)
 
-    def upload(self, host: Tensor, slot: Slot, device: Tensor) -> None:
-        """Copy ``host`` to ``device``, which lies in ``slot``, after whoever used the slot before has finished."""
+    def upload(self, host: Tensor, slot: Slot, device: Tensor, name: str) -> None:
+        """Copy ``host`` to ``device``, which lies in ``slot``, after whoever used the slot before has finished.
+
+        Args:
+            host: From where.
+            slot: The slot of ``device``.
+            device: To where.
+            name: What it is, for traces.
+        """
         self.counters.host_to_device_bytes += host.nbytes
+        trace = self.counters.trace
+        if trace is None:
+            self._upload(host, slot, device)
+        else:
+            trace.request("h2d", name, host.nbytes, functools.partial(self._upload, host, slot, device))
+
+    def _upload(self, host: Tensor, slot: Slot, device: Tensor) -> EventTicket | None:
         with torch.no_grad():
             if self._copy_stream is None:
                 device.copy_(host)
-                return
+                return None
             compute = torch.cuda.current_stream(self.device)
             if slot.event is None:  # weights that stay in place: kernels of the last step may still read them
                 self._copy_stream.wait_stream(compute)
@@ -202,11 +217,19 @@ class EngineContext:
                 done = torch.cuda.Event()
                 done.record(self._copy_stream)
             compute.wait_event(done)
-            slot.writes.append(EventTicket(done, host))
+            ticket = EventTicket(done, host, host.nbytes)
+            slot.writes.append(ticket)
+            return ticket
 
-    def download(self, device: Tensor, host: Tensor) -> EventTicket | None:
-        """Copy ``device`` to ``host``; return a ticket to wait for, or None if it is done."""
+    def download(self, device: Tensor, host: Tensor, name: str) -> EventTicket | None:
+        """Copy ``device`` to ``host``, which is ``name``; return a ticket to wait for, or None if it is done."""
         self.counters.device_to_host_bytes += device.nbytes
+        trace = self.counters.trace
+        if trace is None:
+            return self._download(device, host)
+        return trace.request("d2h", name, device.nbytes, functools.partial(self._download, device, host))
+
+    def _download(self, device: Tensor, host: Tensor) -> EventTicket | None:
         with torch.no_grad():
             if self._copy_stream is None:
                 host.copy_(device)
@@ -217,7 +240,7 @@ class EngineContext:
                 done = torch.cuda.Event()
                 done.record(self._copy_stream)
             device.record_stream(self._copy_stream)
-            return EventTicket(done, device)
+            return EventTicket(done, device, device.nbytes)
 
     def mark_used(self, slot: Slot) -> None:
         """Note on the compute stream that whoever used ``slot`` is done with it."""
@@ -240,15 +263,17 @@ def _nobody(*_: Any) -> None:
 
 @dataclass
 class EventTicket:
-    """A copy on a CUDA stream; keeps its tensor alive until it is done."""
+    """A copy on a CUDA stream; keeps its tensor alive until it is waited for."""
 
     event: Any
-    keep: Tensor = field(repr=False)
+    keep: Tensor | None = field(repr=False)
+    nbytes: int
 
     def wait(self, timeout: float | None = None) -> int:
         """Block until the copy is done."""
         self.event.synchronize()
-        return int(self.keep.nbytes)
+        self.keep = None
+        return self.nbytes
 
     def done(self) -> bool:
         """Whether the copy is done."""

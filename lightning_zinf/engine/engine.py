@@ -45,6 +45,7 @@ from lightning_zinf.engine.reduction import Reducer
 from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.placement import Placement
 from lightning_zinf.memory.planner import Plan
+from lightning_zinf.monitor.trace import follow_profiler, span
 from lightning_zinf.optim.update import Update
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Frame:
     module: nn.Module | None
     needs: list[Unit]
     net: bool = False
+    span: AbstractContextManager[Any] | None = None
 
 
 def in_backward() -> bool:
@@ -217,14 +219,16 @@ class Engine:
         if not self._frames and not in_backward():
             self.pager.flush_host()
             self.pager.schedule.begin(kind)
+        follow_profiler(self.counters)
         outputs: list[Any] = []
-        try:
-            self._push(self.root, None)
-            yield outputs
-            self._pop(outputs)
-        except BaseException:
-            self._pop(outputs)
-            raise
+        with span(self.counters, "step", kind):
+            try:
+                self._push(self.root, None)
+                yield outputs
+                self._pop(outputs)
+            except BaseException:
+                self._pop(outputs)
+                raise
         if self.rounds is not None and not self._frames and not in_backward() and (self._any_moves or self._any_flips):
             self.rounds.pause(f"the end of a {kind} step")
 
@@ -240,9 +244,14 @@ class Engine:
                 frame.net = True
         for needed in frame.needs:
             self.pager.need(needed)
+        if module is not None and self.counters.trace is not None:
+            frame.span = self.counters.trace.span("forward", self._needs[key][0].label)
+            frame.span.__enter__()
 
     def _pop(self, output: Any) -> None:
         frame = self._frames.pop()
+        if frame.span is not None:
+            frame.span.__exit__(None, None, None)
         if frame.net:
             self._net.exit()
         if not in_backward():  # after recomputation, the backward that follows needs the weights
@@ -262,10 +271,18 @@ class Engine:
         self._queue_callback()
         wanted = {id(u) for u in needs}
         for unit in [u for u in self.pager.held if not u.has_trainable and id(u) not in wanted]:
+            self._end_backward(unit)
             self.pager.release(unit)  # nothing will tell when a frozen unit is done; the next unit's turn does
         for unit in needs:
             self.early.touched(unit)
             self.pager.need(unit)
+            if self.counters.trace is not None:
+                self.counters.trace.begin("backward", unit.label)
+
+    def _end_backward(self, unit: Unit | None) -> None:
+        """Tell the trace that the backward of a unit, or of all, is complete."""
+        if self.counters.trace is not None:
+            self.counters.trace.end("backward", None if unit is None else unit.label)
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def _on_grad(self, unit: Unit, key: tuple[int, int]) -> None:
@@ -278,6 +295,7 @@ class Engine:
         unit.fired.add(key)
         if unit.fired >= unit.expected():
             unit.fired.clear()
+            self._end_backward(unit)
             if reducer is not None:
                 reducer.complete(unit)
             else:
@@ -305,6 +323,7 @@ class Engine:
 
     def _after_backward(self) -> None:
         self._in_backward_callback = False
+        self._end_backward(None)
         for unit in self.units:
             unit.fired.clear()
         self.pager.release_idle()
@@ -314,8 +333,11 @@ class Engine:
         if self.reducer is not None:
             self.reducer.reset()
         while self._frames:
-            if self._frames.pop().net:
+            frame = self._frames.pop()
+            if frame.net:
                 self._net.exit()
+            if frame.span is not None:
+                frame.span.__exit__(None, None, None)
         self._after_backward()
 
     # ------------------------------------------------------------------ faults

@@ -103,7 +103,7 @@ class WholeGradients:
             self._plane = buffer.context.allocate_host(nbytes).view(grad.dtype)
         start, numel = buffer.layout.offsets[index], buffer.layout.numels[index]
         host = self._plane[start : start + numel].view(buffer.layout.shapes[index])
-        ticket = buffer.context.download(grad.detach(), host)
+        ticket = buffer.context.download(grad.detach(), host, f"{buffer.name}/gradient")
         if ticket is not None:
             self._tickets.append(ticket)
         self._arrived[index] = host

@@ -26,6 +26,7 @@ from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.early import EarlyUpdates
 from lightning_zinf.engine.schedule import Schedule
 from lightning_zinf.engine.units import Unit, UnitState
+from lightning_zinf.monitor.trace import span
 from lightning_zinf.optim.update import Update
 from lightning_zinf.parameters import owner_of
 
@@ -187,8 +188,9 @@ class Pager:
 
     def _finish(self, unit: Unit) -> None:
         try:
-            for buffer in unit.buffers:
-                buffer.load()
+            with span(self.counters, "gather", unit.label, unit.weight_bytes):
+                for buffer in unit.buffers:
+                    buffer.load()
         except BaseException:
             self.release(unit)
             raise
@@ -428,4 +430,4 @@ def _described(units: list[Unit]) -> str:
     first = units[0]
     name = first.buffers[0].names[0] if first.buffers and first.buffers[0].names else "?"
     rest = f" and {len(units) - 1} more units" if len(units) > 1 else ""
-    return f"unit {first.name or '<root>'!r} (parameter {name!r}, ...){rest}"
+    return f"unit {first.label!r} (parameter {name!r}, ...){rest}"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -137,7 +135,8 @@ def _machine(config: PartitionConfig, free: _Free, comm: Collectives | None, *, 
     )
     local = local if ranks % local == 0 else ranks
     on_device = 0 if aliased else free.device
-    disk = free_disk_bytes(config.nvme_path) // (1 if comm is None else comm.ranks.local_size) * local
+    paths = config.nvme_paths  # striped evenly, so the fullest limits
+    disk = len(paths) * min(map(free_disk_bytes, paths)) // (1 if comm is None else comm.ranks.local_size) * local
     return Machine("this machine", on_device, free.host * local, disk, Rates(), local, ranks // local, aliased)
 
 
@@ -219,7 +218,7 @@ class _Builder:
         """Make the rings that were decided on, and reserve the room on NVMe."""
         config, context, decision = self._config, self._context, self._decision
         if decision.moves:
-            store = NvmeStore(config.nvme_path, config.io, context.counters)
+            store = NvmeStore(config.nvme_paths, config.io, context.counters)
             context.install(nvme=store)
             tiles = decision.tiles
             ring = TileRing(tiles.count, tiles.numel, tiles.width, context.allocate_host, context.counters)
@@ -228,7 +227,7 @@ class _Builder:
         if decision.slots:
             context.install(ring=SlotRing(decision.slots, context.allocate_device, context.counters))
         if decision.staging:
-            context.install(staging=SlotRing(decision.staging, context.allocate_host, context.counters))
+            context.install(staging=SlotRing(decision.staging, context.allocate_host, context.counters, "staging"))
 
     def build(self, plans: Sequence[UnitPlan]) -> list[Unit]:
         """Build every unit, the root's last."""
@@ -254,7 +253,7 @@ class _Builder:
         buffer = FlatBuffer(label, draft.names, draft.params, draft.compute_dtype, context, params, state)
         master = self._take_values(buffer)
         if draft.planes:
-            buffer.state = context.new_state(buffer.shard_numel, draft.planes, state)
+            buffer.state = context.new_state(buffer.shard_numel, draft.planes, state, label)
         self._settle(buffer, master)
         return buffer
 
@@ -277,7 +276,7 @@ class _Builder:
         """Put the weights where they rest, and bind or release the parameters."""
         context, tier = self._context, buffer.params_tier
         aliased, paged = context.aliased, self._paged(buffer.params_tier)
-        nvme = context.nvme.allocate(buffer.shard_bytes) if tier == "nvme" else None
+        nvme = context.nvme.allocate(buffer.shard_bytes, f"{buffer.name}/weight") if tier == "nvme" else None
         slot = None if paged else Slot(context.allocate_device(buffer.weight_bytes))
         home = None
         if paged and (tier == "device" or (aliased and nvme is None)):
@@ -325,8 +324,3 @@ def tiers(engine: Engine, what: Literal["weights", "optimizer state"]) -> str:
         engine.placement.params if what == "weights" else engine.placement.optimizer
     }
     return " and ".join(sorted(places))
-
-
-def default_nvme_path(given: str | os.PathLike[str] | None, root: str | os.PathLike[str]) -> str:
-    """Return the folder for NVMe files: the option, else $ZINF_NVME_PATH, else one below the Trainer's root."""
-    return str(given or os.environ.get("ZINF_NVME_PATH") or Path(root) / "zinf_nvme")

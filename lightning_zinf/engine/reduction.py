@@ -144,7 +144,7 @@ class ShardedGradients:
                 param.grad = None
             else:
                 views[index].copy_(self._sums.pop(index))
-        self._under_way.append((comm.reduce_scatter(whole), set(have)))
+        self._under_way.append((comm.reduce_scatter(whole, buffer.name), set(have)))
         return 2 * whole.nbytes
 
     def arrived(self) -> bool:
@@ -173,7 +173,7 @@ class ShardedGradients:
         if buffer.context.aliased or buffer.on_device:
             return mean
         host = buffer.context.allocate_host(mean.nbytes).view(torch.float32)
-        ticket = buffer.context.download(mean, host)
+        ticket = buffer.context.download(mean, host, f"{buffer.name}/gradient")
         if ticket is not None:
             ticket.wait()
         return host

@@ -93,7 +93,7 @@ class _Weights:
         assert self._context.comm is not None
         self.finish()
         source = self.part() if self._home is None else self._home
-        self._gathering = self._context.comm.all_gather(self.flat(), source)
+        self._gathering = self._context.comm.all_gather(self.flat(), source, f"{self._buffer.name}/weight")
 
     def finish(self) -> None:
         """Wait until the slot is filled."""
@@ -272,7 +272,7 @@ class DeviceWeights(_Weights):
         assert self.slot is not None
         host = self.host()
         if (updated or self._stale) and host.data_ptr() != self._target().data_ptr():
-            self._context.upload(host, self.slot, self._target())
+            self._context.upload(host, self.slot, self._target(), self._buffer.name)
             self._stale = False
         if updated:
             self.whole = self._context.comm is None
@@ -286,7 +286,7 @@ class DeviceWeights(_Weights):
         if self._host_plane is None and self.extent is None:
             return
         self._stage(read=False)
-        ticket = self._context.download(self.part(), self.host())
+        ticket = self._context.download(self.part(), self.host(), f"{self._buffer.name}/weight")
         if ticket is not None:
             ticket.wait()
         self._write_home()

@@ -66,7 +66,12 @@ class Unit:
     fired: set[tuple[int, int]] = field(default_factory=set)
 
     def __repr__(self) -> str:
-        return f"Unit({self.name or '<root>'!r}, {self.state.name})"
+        return f"Unit({self.label!r}, {self.state.name})"
+
+    @property
+    def label(self) -> str:
+        """The unit's name for messages and traces."""
+        return self.name or "<root>"
 
     @property
     def weight_bytes(self) -> int:

@@ -111,9 +111,11 @@ class SlotRing:
         budget: Most bytes that all slots together may take.
         allocate: Makes a ``uint8`` tensor of that many bytes, aligned for direct I/O.
         counters: Where reuse, orphans and overcommits are counted.
+        name: For traces.
     """
 
-    def __init__(self, budget: int, allocate: Callable[[int], Tensor], counters: Counters) -> None:
+    def __init__(self, budget: int, allocate: Callable[[int], Tensor], counters: Counters, name: str = "slots") -> None:
+        self.name = name
         self.budget = budget
         self.total = 0
         self.peak = 0
@@ -155,6 +157,7 @@ class SlotRing:
         """Give a slot back; it keeps its content until somebody else needs it."""
         self._clock += 1
         slot.free, slot.stamp = True, self._clock
+        self._sample()
 
     def forget(self, slot: Slot) -> None:
         """Let the content of ``slot`` not be found again."""
@@ -172,7 +175,13 @@ class SlotRing:
 
     def _take(self, slot: Slot, holder: object) -> Slot:
         slot.free, slot.holder = False, holder
+        self._sample()
         return slot
+
+    def _sample(self) -> None:
+        if (trace := self._counters.trace) is not None:
+            used = sum(s.nbytes for s in self._slots if not s.free)
+            trace.level(self.name, used, self.total, self.budget)
 
     def _pick(self, nbytes: int) -> Slot | None:
         # A new slot is better than one with content somebody may come back for, as long as the budget lasts.

@@ -126,17 +126,25 @@ class NvmeState:
         store: Where the records lie.
         ring: Staging for tiles.
         counters: Where stalls are counted.
+        name: Whose state, for traces.
     """
 
     offloaded = True
 
     def __init__(
-        self, numel: int, planes: tuple[str, ...], store: NvmeStore, ring: TileRing, counters: Counters
+        self,
+        numel: int,
+        planes: tuple[str, ...],
+        store: NvmeStore,
+        ring: TileRing,
+        counters: Counters,
+        name: str = "state",
     ) -> None:
         self.numel = numel
         self._store = store
         self._ring = ring
         self._counters = counters
+        self._name = name
         self.planes: tuple[str, ...] = ()
         self._set_planes(planes)
 
@@ -158,7 +166,7 @@ class NvmeState:
     def _set_planes(self, planes: tuple[str, ...]) -> None:
         self.planes = _ordered(planes)
         self._width = bytes_per_element(self.planes)
-        self._extent: Extent = self._store.allocate(self.numel * self._width)
+        self._extent: Extent = self._store.allocate(self.numel * self._width, self._name)
         self._ranges = tile_ranges(self.numel, self._ring.numel_of(self._width))
 
     def add_planes(self, planes: tuple[str, ...]) -> None:

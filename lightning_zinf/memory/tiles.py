@@ -63,6 +63,7 @@ class TileRing:
         self._queue: list[tuple[NvmeState, int]] = []
         self._writing: list[Tile] = []
         self.nbytes = count * tile_numel * width
+        self._count = count
         self._tile_bytes = tile_numel * width
 
     def numel_of(self, width: int) -> int:
@@ -130,6 +131,7 @@ class TileRing:
         if ticket is not None:
             _settle(ticket)
         self._free.append(tile)
+        self._sample()
 
     def drain(self) -> None:
         """Wait for every write, and forget what was read ahead."""
@@ -155,11 +157,20 @@ class TileRing:
         if not self._free and self._writing and block:
             with self._counters.timed("stall_write_seconds"):
                 self._finish_write(self._writing[0])
-        return self._free.pop() if self._free else None
+        if not self._free:
+            return None
+        tile = self._free.pop()
+        self._sample()
+        return tile
+
+    def _sample(self) -> None:
+        if (trace := self._counters.trace) is not None:
+            trace.level("tiles", (self._count - len(self._free)) * self._tile_bytes, self.nbytes, self.nbytes)
 
     def _finish_write(self, tile: Tile) -> None:
         self._writing.remove(tile)
         self._free.append(tile)
+        self._sample()
         tile.wait()
 
 

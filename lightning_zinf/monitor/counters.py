@@ -7,12 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
+from lightning_zinf.monitor.trace import Stage, Trace, span
+
+_STAGES: dict[str, tuple[Stage, str]] = {
+    "stall_read_seconds": ("wait", "read"),
+    "stall_write_seconds": ("wait", "write"),
+    "stall_gather_seconds": ("wait", "gather"),
+    "update_seconds": ("update", ""),
+}
+"""What a trace calls the times that are counted."""
+
 
 @dataclass
 class Counters:
     """What moved, how often, and what the computation waited for.
 
-    Bytes are exact and may be asserted; seconds are only ever reported.
+    Bytes are exact and may be asserted; seconds are only ever reported. Who sets ``trace`` has every event recorded.
 
     Attributes:
         nvme_read_bytes: Bytes read from NVMe, padding included.
@@ -56,12 +66,25 @@ class Counters:
     stall_gather_seconds: float = 0.0
     update_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.trace: Trace | None = None
+
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to the counter ``name``."""
+    def timed(self, name: str, what: str = "") -> Iterator[None]:
+        """Add the time spent inside to the counter ``name``.
+
+        Args:
+            name: Which.
+            what: Name for the trace: of the buffer.
+        """
         start = time.perf_counter()
         try:
-            yield
+            if self.trace is None:
+                yield
+            else:
+                stage, kind = _STAGES[name]
+                with span(self, stage, what or kind):
+                    yield
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - start)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from delays import delayed
 from driver import TILE, Session, Where, session
 from models import ZOO
 from oracle import Recipe, Result
@@ -15,6 +16,7 @@ from together import Setting
 
 from lightning_zinf.comm.group import Ranks, ranks_of
 from lightning_zinf.config import IOConfig
+from lightning_zinf.monitor.trace import Trace
 
 
 def ranks(setting: Setting, timeout: Any = PATIENCE) -> Ranks:
@@ -50,6 +52,29 @@ def train(
         running.train()
         seen = None if observe is None else observe(running)
         return running.result(), seen
+
+
+def train_delayed(rank: int, size: int, folder: Path, where: Where, setting: Setting, seed: int) -> tuple[Result, Any]:
+    """Train with random delays in every stage, other ones on each rank; return the result and the bytes traced."""
+    recipe = Recipe(steps=3)
+    trace = Trace(rank)
+    with session(
+        ZOO["gpt"], folder / str(rank), where, "bf16-mixed", recipe, ranks=ranks(setting), stage=setting.stage
+    ) as running:
+        counters = running.engine.counters
+        before = counters.snapshot()
+        counters.trace = trace
+        with delayed(running.engine, 1000 * seed + rank) as delays:
+            running.train()
+            result = running.result()
+        counters.trace = None
+        grown = counters.since(before)
+    events = trace.events()
+    assert all(e.end is not None for e in events)
+    for stage, counter in (("all_gather", "all_gather_bytes"), ("reduce_scatter", "reduce_scatter_bytes")):
+        assert sum(e.nbytes for e in events if e.stage == stage) == grown[counter] > 0, stage
+    assert {"all_gather", "reduce_scatter", "reduce_wait"} <= set(delays.count)
+    return result, grown
 
 
 def traffic(running: Session) -> dict[str, int]:

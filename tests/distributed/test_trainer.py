@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import trainers
 from lightning_cases import Net, loader, net
 from pool import pool
+
+import lightning_zinf
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "stage-1": {"stage": 1},
@@ -124,3 +127,22 @@ def test_training_data_of_uneven_length(tmp_path: Path) -> None:
     for name, value in even[0][1].items():
         assert torch.equal(uneven[0][1][name], value)
         assert torch.equal(uneven[1][1][name], value)
+
+
+def test_every_rank_writes_its_timeline(tmp_path: Path) -> None:
+    def kinds(rank: int) -> set[str]:
+        found = json.loads((tmp_path / f"timeline-rank{rank}.json").read_text())["traceEvents"]
+        assert {e["pid"] for e in found} == {rank}
+        return {e["cat"] for e in found if e["ph"] == "X"}
+
+    timeline = lightning_zinf.ZinfTimeline(steps=(2, 4))
+    pool(2).run(trainers.fit, tmp_path, SETTINGS["nvme"], {"callbacks": [timeline, lightning_zinf.ZinfMonitor()]})
+    assert kinds(0) == kinds(1) >= {"all_gather", "reduce_scatter", "nvme_read", "nvme_write", "forward", "backward"}
+
+
+def test_the_monitor_logs_what_goes_between_ranks(tmp_path: Path) -> None:
+    options = {"callbacks": [lightning_zinf.ZinfMonitor()], "log_every_n_steps": 2}
+    first, second = pool(2).run(trainers.fit, tmp_path, SETTINGS["stage-3"], options)
+    for name in ("all_gather_bytes", "reduce_scatter_bytes"):
+        assert first["metrics"][f"zinf/{name}_per_step"] == second["metrics"][f"zinf/{name}_per_step"] > 0
+    assert first["metrics"]["zinf/all_reduce_bytes_per_step"] == 0

@@ -101,6 +101,16 @@ def part_of_memory(module: nn.Module, precision: str, units: tuple[str, ...], sh
     )
 
 
+def least_memory(case: Case, precision: str) -> MemoryConfig:
+    """Return room for the largest unit beside the root's, and for two small tiles."""
+    totals = {
+        name: sum(numel * itemsize for numel, itemsize in buffers)
+        for name, buffers in buffer_sizes(case.make(), precision, case.units).items()
+    }
+    least = max(totals.values()) + totals[""]
+    return MemoryConfig(host_bytes=least + 2 * 4096 * (8 if precision == "32-true" else 10), device_bytes=least)
+
+
 @dataclass
 class Session:
     """A paged model with its optimizer."""
@@ -209,6 +219,7 @@ def session(
     model: nn.Module | None = None,
     memory: MemoryConfig | None = None,
     io: IOConfig | None = None,
+    nvme: tuple[str, ...] = (),
     ranks: Ranks | None = None,
     stage: int = 3,
     shard: int | None = None,
@@ -230,7 +241,7 @@ def session(
         precision=precision,  # type: ignore[arg-type]
         offload_params=where.params,
         offload_optimizer=where.optimizer,
-        nvme_path=str(folder / "nvme"),
+        nvme_paths=nvme or (str(folder / "nvme"),),
         units=case.units,
         memory=memory,
         overlap=OverlapConfig(prefetch=where.prefetch, update=where.update),
@@ -257,4 +268,4 @@ def train_paged(
         return running.train().result()
 
 
-__all__ = ["CPU", "TILE", "Session", "Where", "buffer_sizes", "session", "tight_memory", "train_paged"]
+__all__ = ["CPU", "TILE", "Session", "Where", "buffer_sizes", "least_memory", "session", "tight_memory", "train_paged"]

@@ -115,7 +115,7 @@ def test_partition_takes_the_pages_over_and_retires_them(
     engine = partition(model, PartitionConfig(**{**vars(config), "precision": precision}), list(model.parameters()))
     assert pager.pages == 0
     assert not pager.context.has_nvme
-    assert store.files == []
+    assert store.volumes == []
     assert_values(model, expected)
     engine.dissolve()
     assert_values(model, expected)

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from driver import Session, Where, buffer_sizes, session, train_paged
+from driver import Session, Where, least_memory, session, train_paged
 from models import ZOO, Case, mlp, vectors
 from oracle import Recipe, assert_same
 from torch import Tensor, nn
 
-from lightning_zinf.config import IOConfig, MemoryConfig
+from lightning_zinf.config import IOConfig
 from lightning_zinf.memory.nvme import Extent
 
 HOST = Where("nvme", "nvme", tight=True)
@@ -29,7 +29,7 @@ class Refused:
     """A request that the drive refused."""
 
     def __init__(self, extent: Extent) -> None:
-        self._path = extent.file.path
+        self._path = extent.volume.files[0].path
 
     def wait(self, timeout: float | None = None) -> int:
         raise OSError(errno.EIO, "Input/output error", self._path)
@@ -50,16 +50,6 @@ class Slow:
 
     def done(self) -> bool:
         return self._noise.random() < 0.3 and bool(self._ticket.done())
-
-
-def least_memory(case: Case, precision: str) -> MemoryConfig:
-    """Return room for the largest unit beside the root's, and for two small tiles."""
-    totals = {
-        name: sum(numel * itemsize for numel, itemsize in buffers)
-        for name, buffers in buffer_sizes(case.make(), precision, case.units).items()
-    }
-    least = max(totals.values()) + totals[""]
-    return MemoryConfig(host_bytes=least + 2 * 4096 * (8 if precision == "32-true" else 10), device_bytes=least)
 
 
 @contextmanager

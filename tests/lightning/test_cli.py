@@ -135,3 +135,16 @@ def test_old_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert type(used.trainer.strategy).__module__ == "lightning_zinf.pl"
     assert used.trainer.strategy.stage == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [("/a", "/a"), ("[/a,/b]", ["/a", "/b"]), ("null", None)])
+def test_one_path_or_several(given: str, expected: Any) -> None:
+    strategy = cli(f"--trainer.strategy={OURS}", f"--trainer.strategy.nvme_path={given}").trainer.strategy
+    assert strategy.nvme_path == expected
+
+
+def test_the_timeline_by_its_class(tmp_path: Path) -> None:
+    callback = {"class_path": "lightning_zinf.ZinfTimeline", "init_args": {"path": "t.json.gz", "steps": [1, 3]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    (made,) = [c for c in cli(f"--config={tmp_path / 'c.yaml'}").trainer.callbacks if hasattr(c, "steps")]
+    assert (made.path, made.steps) == ("t.json.gz", (1, 3))

@@ -11,8 +11,14 @@ from lightning_cases import PLACES, loader, net, trainer, zinf
 
 import lightning_zinf
 
-PER_STEP = ("nvme_read_bytes", "nvme_write_bytes", "host_to_device_bytes", "stall_seconds", "update_seconds")
-PLAIN = ("stall_share", "refills", "faults", "resident_bytes/device", "resident_bytes/host", "resident_bytes/nvme")
+PER_STEP = (
+    *("nvme_read_bytes", "nvme_write_bytes", "host_to_device_bytes", "device_to_host_bytes", "reused_bytes"),
+    *("stall_read_seconds", "stall_write_seconds", "stall_gather_seconds", "stall_seconds", "update_seconds"),
+)
+PLAIN = (
+    *("stall_share", "refills", "faults", "overcommits", "orphaned_slots"),
+    *("resident_bytes/device", "resident_bytes/host", "resident_bytes/nvme"),
+)
 NAMES = {f"zinf/{name}_per_step" for name in PER_STEP} | {f"zinf/{name}" for name in PLAIN}
 
 
@@ -32,7 +38,9 @@ def test_logs_everything(tmp_path: Path, place: str) -> None:
     logged = [row for row in kept if "zinf/faults" in row]
     assert [row["step"] for row in logged] == [3, 7, 11, 15]
     for row in logged:
-        assert row.keys() >= NAMES
+        assert {name for name in row if name.startswith("zinf/")} == NAMES
+        stalls = sum(row[f"zinf/stall_{kind}_seconds_per_step"] for kind in ("read", "write", "gather"))
+        assert row["zinf/stall_seconds_per_step"] == pytest.approx(stalls)
     assert used.callback_metrics.keys() >= NAMES
     last = logged[-1]
     on_nvme = place == "nvme"

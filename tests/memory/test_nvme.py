@@ -83,14 +83,29 @@ def test_a_full_disk_is_an_error_with_the_numbers(small_ram_disk: Path) -> None:
         store.reserve(64 * 2**20)
     assert caught.value.errno == errno.ENOSPC
     assert str(64 * 2**20) in str(caught.value)
-    if hasattr(caught.value, "__notes__"):
-        assert "must hold 0.06 GiB" in caught.value.__notes__[0]
-        assert str(small_ram_disk) in caught.value.__notes__[0]
-    assert store.files == []
+    assert f"nvme_path={str(small_ram_disk)!r} must hold 0.06 GiB" in str(caught.value)
+    assert str(caught.value.filename).startswith(str(small_ram_disk))
+    assert store.volumes == []
     assert list(small_ram_disk.iterdir()) == []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         store.reserve(2**18)  # a smaller one fits
+    store.close()
+
+
+def test_one_full_disk_of_two_is_named_and_nothing_is_left(small_ram_disk: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        store = NvmeStore([tmp_path / "a", small_ram_disk], IO, Counters())
+    with pytest.raises(OSError, match=r"its share of 0\.06 GiB over 2 paths") as caught:
+        store.reserve(64 * 2**20)
+    assert caught.value.errno == errno.ENOSPC
+    assert f"nvme_path={str(small_ram_disk)!r} must hold 0.03 GiB" in str(caught.value)
+    assert str(32 * 2**20) in str(caught.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        store.reserve(2**19)  # half of it fits
+    assert [file.closed for volume in store.volumes for file in volume.files] == [False, False]
     store.close()
 
 
@@ -143,13 +158,13 @@ def test_direct_io_that_was_not_asked_for_is_not_missed(tmp_path: Path) -> None:
     store.close()
 
 
-def test_extents_do_not_overlap_and_further_files_are_reserved(tmp_path: Path) -> None:
+def test_extents_do_not_overlap_and_further_volumes_are_reserved(tmp_path: Path) -> None:
     store = store_in(tmp_path, chunk_bytes=16384)
     extents = [store.allocate(n) for n in (1, 4096, 5000, 4096, 20000, 1)]
     assert [e.nbytes for e in extents] == [4096, 4096, 8192, 4096, 20480, 4096]
-    assert all(e.offset % 4096 == 0 and e.offset + e.nbytes <= e.file.size for e in extents)
-    assert [store.files.index(e.file) for e in extents] == [0, 0, 0, 1, 2, 3]
-    taken = [(store.files.index(e.file), e.offset + at) for e in extents for at in range(0, e.nbytes, 4096)]
+    assert all(e.offset % 4096 == 0 and e.offset + e.nbytes <= e.volume.size for e in extents)
+    assert [store.volumes.index(e.volume) for e in extents] == [0, 0, 0, 1, 2, 3]
+    taken = [(store.volumes.index(e.volume), e.offset + at) for e in extents for at in range(0, e.nbytes, 4096)]
     assert len(taken) == len(set(taken))
     assert store.allocated_bytes == sum(e.nbytes for e in extents)
     store.close()
@@ -160,9 +175,9 @@ def test_what_was_reserved_is_used(tmp_path: Path) -> None:
     store.reserve(5 * 4096)
     for _ in range(5):
         store.allocate(4096)
-    assert len(store.files) == 1
+    assert len(store.volumes) == 1
     store.allocate(4096)
-    assert len(store.files) == 2
+    assert len(store.volumes) == 2
     store.close()
 
 
@@ -204,8 +219,8 @@ def test_an_access_beyond_the_extent_is_refused(offset: int, tmp_path: Path) -> 
 def test_files_have_no_name_and_go_with_the_store(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     store.allocate(4096)
-    file = store.files[0]
+    (file,) = store.volumes[0].files
     assert list(tmp_path.iterdir()) == []
     store.close()
     assert file.closed
-    assert store.files == []
+    assert store.volumes == []
