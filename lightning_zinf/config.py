@@ -42,8 +42,8 @@ class MemoryConfig:
         full_read_bytes: ``model.state_dict()`` or ``copy.deepcopy(model)`` of a paged model larger than this raises
             instead of filling the memory. ``None`` takes half of the free host memory.
         activation_bytes: Budget in bytes for activations on their way: of host memory that they pass through to and
-            from NVMe, and of copies from an accelerator. Comes on top of ``host_bytes``. ``None`` takes 256 MiB, at most
-            an eighth of the free host memory.
+            from NVMe, and of copies from an accelerator. It comes on top of ``host_bytes``. ``None`` takes 256 MiB, at
+            most an eighth of the free host memory.
         activation_min_bytes: Smaller saved tensors stay where they are with ``offload_activations``.
     """
 
@@ -122,7 +122,9 @@ def check_activations(checkpointing: object, offload: object) -> None:
     """Raise ValueError unless these are values of ``activation_checkpointing`` and ``offload_activations``."""
     names = checkpointing if isinstance(checkpointing, (list, tuple)) else ()
     if not isinstance(checkpointing, (bool, list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"activation_checkpointing must be True, False or a list of class names, got {checkpointing!r}")
+        raise ValueError(
+            f"activation_checkpointing must be True, False or a list of class names, got {checkpointing!r}"
+        )
     choices = ("none", "cpu", "nvme")
     if offload not in choices:
         raise ValueError(f"offload_activations must be one of {', '.join(map(repr, choices))}, got {offload!r}")

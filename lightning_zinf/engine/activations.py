@@ -27,13 +27,20 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_zinf.engine.recompute import RecomputedForward, Steps, modules_to_recompute
+from lightning_zinf.config import PartitionConfig
+from lightning_zinf.engine.context import EngineContext
+from lightning_zinf.engine.recompute import RecomputedForward, Steps
 from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.activations import ActivationStore, Saved
+from lightning_zinf.memory.link import DeviceLink
+from lightning_zinf.memory.nvme import NvmeStore
+
+STAGING_BYTES = 256 * 2**20
+"""Host memory that activations pass through to and from NVMe, unless ``memory.activation_bytes`` says otherwise."""
 
 
 @dataclass(slots=True)
-class _Away:
+class Away:
     """A saved tensor whose bytes are in the store."""
 
     saved: Saved
@@ -94,7 +101,7 @@ class Offload:
         finally:
             self._saving_inputs = before
 
-    def pack(self, tensor: Tensor) -> _Away | None:
+    def pack(self, tensor: Tensor) -> Away | None:
         """Bring a saved tensor away; return None if it should stay."""
         if not self._plain(tensor):
             return None
@@ -102,7 +109,7 @@ class Offload:
         itemsize, address = tensor.dtype.itemsize, storage._cdata
         back = self._brought_back(address)
         if back is not None:
-            return _Away(back, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            return Away(back, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         if self._in_backward() or (self._only_inputs and not self._saving_inputs):
             return None
         start, stop = _span(tensor)
@@ -111,9 +118,11 @@ class Offload:
         if stop - start < self._min_bytes or address in self._stays():
             return None
         saved = self._put(tensor, address, start, stop)
-        return _Away(saved, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()) - start // itemsize)
+        return Away(
+            saved, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()) - start // itemsize
+        )
 
-    def unpack(self, away: _Away) -> Tensor:
+    def unpack(self, away: Away) -> Tensor:
         """Return a saved tensor."""
         with torch.no_grad():
             found = self.store.get(away.saved)
@@ -159,7 +168,7 @@ class Offload:
         storage = tensor.untyped_storage()
         with torch.no_grad():
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (stop - start,))  # type: ignore[call-overload,unused-ignore]
-            saved = self.store.put(flat)
+            saved = self.store.put(flat, tensor)
         self._known[key] = _Known(StorageWeakRef(storage), tensor._version, weakref.ref(saved))
         return saved
 
@@ -175,26 +184,14 @@ class Activations:
     """What an engine does with activations.
 
     Args:
-        root: The model.
-        units: Its units.
+        modules: The modules to recompute in backward.
         steps: The engine.
-        checkpointing: Option ``activation_checkpointing``.
         offload: Brings saved tensors away; None if they stay.
-
-    Raises:
-        ValueError: If there is no module to recompute.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        units: Sequence[Unit],
-        steps: Steps,
-        checkpointing: bool | Sequence[str],
-        offload: Offload | None,
-    ) -> None:
+    def __init__(self, modules: Sequence[nn.Module], steps: Steps, offload: Offload | None) -> None:
         self.offload = offload
-        self.recomputed = [RecomputedForward(m, steps) for m in modules_to_recompute(root, units, checkpointing)]
+        self.recomputed = [RecomputedForward(m, steps) for m in modules]
 
     def after_backward(self, *, failed: bool) -> None:
         """Give back what a backward is done with.
@@ -214,3 +211,30 @@ class Activations:
         """Leave the modules as they were."""
         for forward in self.recomputed:
             forward.remove()
+
+
+def open_store(config: PartitionConfig, context: EngineContext, free_host: int) -> ActivationStore | None:
+    """Return where activations go, or None if they stay; the context closes it.
+
+    Args:
+        config: How the model is partitioned.
+        context: The engine's.
+        free_host: Free bytes of host memory.
+
+    Raises:
+        OSError: If the NVMe folder cannot be used.
+    """
+    where, budget = config.offload_activations, config.memory.activation_bytes
+    if where == "none" or (where == "cpu" and context.aliased):  # host memory is where they are
+        return None
+    nvme = NvmeStore(config.nvme_path, config.io, context.counters) if where == "nvme" else None
+    link = None if context.aliased else DeviceLink(context.device, context.counters)
+    budget = min(STAGING_BYTES, free_host // 8) if budget is None else budget
+    context.activations = ActivationStore(budget, context.allocate_host, context.counters, nvme, link)
+    return context.activations
+
+
+def staying_storages(root: nn.Module, units: Sequence[Unit]) -> set[int]:
+    """Return the storages of weights and buffers that stay in memory anyhow."""
+    found = {b.untyped_storage()._cdata for b in root.buffers() if b.layout is torch.strided}
+    return found | {b.storage_key() for u in units for b in u.buffers if b.persistent}

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from lightning_zinf import parameters as paging
 from lightning_zinf.comm.group import Collectives, Ranks, least
 from lightning_zinf.config import PartitionConfig, Tier
+from lightning_zinf.engine.activations import open_store
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.drafts import Draft, check_parameters, draft_buffers, measure
 from lightning_zinf.engine.engine import Engine
+from lightning_zinf.engine.recompute import modules_to_recompute
 from lightning_zinf.engine.residence import AliasedWeights, DeviceWeights
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
@@ -89,6 +91,7 @@ def partition(
     trained_ids = {id(p) for p in trained}
     check_parameters(root, trained_ids)
     plans = find_units(root, config.memory.unit_bytes, config.units)
+    recomputed = modules_to_recompute(root, [p.module for p in plans], config.activation_checkpointing)
     counters = Counters()
     comm = None if ranks is None or ranks.world_size == 1 else Collectives(ranks, counters)
     drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
@@ -107,12 +110,15 @@ def partition(
         with large_blocks_apart():
             units = builder.build(plans, drafts)
             context.drop_scratch()
+        store = open_store(config, context, free.host)
     except BaseException:
         context.close()
         raise
     assert size.whole is not None
     under_way = min(REDUCE_BYTES, max(4 * size.largest_unit, size.whole // 4))
     engine = Engine(root, units, context, prefetch=config.overlap.prefetch, reduce_bytes=under_way)
+    if recomputed or store is not None:
+        engine.handle_activations(recomputed, store, config.memory.activation_min_bytes)
     engine.placement, engine.config = builder.where, config
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
@@ -346,6 +352,15 @@ def tiers(engine: Engine, what: Literal["weights", "optimizer state"]) -> str:
         engine.placement.params if what == "weights" else engine.placement.optimizer
     }
     return " and ".join(sorted(places))
+
+
+def describe_activations(engine: Engine) -> str:
+    """Say what happens to activations between forward and backward."""
+    count = 0 if engine.activations is None else len(engine.activations.recomputed)
+    place = {"none": "the device", "cpu": "host memory", "nvme": "nvme"}[engine.config.offload_activations]
+    if not count:
+        return f"activations on {place}"
+    return f"{count} modules are recomputed in backward, their inputs on {place}"
 
 
 def describe(engine: Engine) -> str:

@@ -31,8 +31,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from lightning_zinf.engine.units import Unit
-
 
 class Steps(Protocol):
     """What recomputation needs of the engine."""
@@ -47,12 +45,12 @@ class Steps(Protocol):
         """While this is open, ``module`` is computed again: it needs its weights."""
 
 
-def modules_to_recompute(root: nn.Module, units: Sequence[Unit], asked: bool | Sequence[str]) -> list[nn.Module]:
+def modules_to_recompute(root: nn.Module, units: Sequence[nn.Module], asked: bool | Sequence[str]) -> list[nn.Module]:
     """Return the modules that keep only their inputs; none of them is inside of another.
 
     Args:
         root: The model.
-        units: Its units.
+        units: The modules that are its units.
         asked: True for every unit that is made of several modules (a lone layer saves little more than its input), or
             names of classes.
 
@@ -62,7 +60,7 @@ def modules_to_recompute(root: nn.Module, units: Sequence[Unit], asked: bool | S
     if asked is False:
         return []
     if asked is True:
-        found = [u.module for u in units if u.module is not root and any(True for _ in u.module.children())]
+        found = [m for m in units if m is not root and any(True for _ in m.children())]
         if not found:
             raise ValueError(
                 "activation_checkpointing=True recomputes units that are made of several modules, and this model has "
@@ -204,6 +202,7 @@ class RecomputedForward:
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward, in training so that backward can do it again."""
         if not (self.active and self.module.training and torch.is_grad_enabled() and self.steps.in_step()):
             return self.original(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))

@@ -9,9 +9,9 @@ so what was put last, which backward wants first, is still there and is not read
 
 Backward wants things in the reverse of the order in which they were put. So ``get`` starts to read what was put before
 it, as far down as staging has room. Where host and device are one memory, what ``get`` returns lies in the slot itself,
-which is free again when nobody sees it any more (the storage use count tells). On an accelerator with memory of its own,
-``get`` copies to fresh memory there, and copies the next one ahead. In the tier ``host`` the slots are where things
-rest: as many as are needed, kept from step to step.
+which is free again when nobody sees it any more (the storage use count tells). On an accelerator with memory of its
+own, ``get`` copies to fresh memory there, and copies the next one ahead. In the tier ``host`` the slots are where
+things rest: as many as are needed, kept from step to step.
 
 Who is done with an activation drops its ``Saved``. That may happen on any thread and at any time, so it is only noted
 then; the room is taken back at the next call.
@@ -40,6 +40,8 @@ from lightning_zinf.monitor.counters import Counters
 
 _NOWHERE = 1 << 62
 """More than any record's number."""
+_SIBLINGS = 4
+"""An operator that saved several tensors wants them back in the order in which they were put."""
 
 
 class _Record:
@@ -132,8 +134,8 @@ class ActivationStore:
 
     # ------------------------------------------------------------------ out
 
-    def put(self, source: Tensor) -> Saved:
-        """Take a copy of ``source``, a flat ``uint8`` tensor on the device.
+    def put(self, source: Tensor, owner: Tensor) -> Saved:
+        """Take a copy of ``source``, a flat ``uint8`` tensor on the device; ``owner`` has the version of its content.
 
         Raises:
             OSError: The disk is full, or an earlier write failed.
@@ -156,7 +158,7 @@ class ActivationStore:
                 self._landed(record)
             else:
                 self._filling.append(record)
-                self._sources[record.number] = source, source._version
+                self._sources[record.number] = owner, owner._version
                 while sum(r.padded for r in self._filling) > self.budget and len(self._filling) > 1:
                     self._land(self._filling.popleft())
             self._records[record.number] = record
@@ -170,8 +172,8 @@ class ActivationStore:
         with self._counters.timed("stall_write_seconds"):
             record.copy.wait()
         record.copy = None
-        source, version = self._sources.pop(record.number)
-        record.changed = source._version != version
+        owner, version = self._sources.pop(record.number)
+        record.changed = owner._version != version
         if record.dead:
             assert record.slot is not None
             self._give_back(record.slot)
@@ -212,12 +214,14 @@ class ActivationStore:
                 raise RuntimeError("backward needs activations of a forward before the model was given back")
             if record.device is None or record.device._version != record.device_version:
                 self._fetch(record)
-            self._look_ahead(record)
             if self._link is None:
                 assert record.slot is not None
-                return record.slot.memory[: record.numel]
-            assert record.device is not None
-            return record.device
+                found: Tensor | None = record.slot.memory[: record.numel]  # seen from here on, so nobody takes it
+            else:
+                found = record.device
+            assert found is not None
+            self._look_ahead(record)
+            return found
 
     def _fetch(self, record: _Record) -> None:
         """Have a record's bytes where compute can read them."""
@@ -298,7 +302,7 @@ class ActivationStore:
 
     def _look_ahead(self, record: _Record) -> None:
         """Start to bring what was put before ``record``, the latest first."""
-        at = bisect_left(self._numbers, min(record.number, self._cursor))
+        at = bisect_left(self._numbers, min(record.number + _SIBLINGS + 1, self._cursor))
         while at > 0 and self.nvme is not None:
             at -= 1
             lower = self._records[self._numbers[at]]

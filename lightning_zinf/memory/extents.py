@@ -84,8 +84,9 @@ class ExtentHeap:
         except OSError as error:
             if hasattr(error, "add_note"):
                 error.add_note(
-                    f"The room was for activations (offload_activations='nvme'), which take {self.used_bytes / 2**30:.2f} "
-                    "GiB already: activation_checkpointing=True, a smaller batch, or offload_activations='none' need less."
+                    f"The room was for activations (offload_activations='nvme'), which take "
+                    f"{self.used_bytes / 2**30:.2f} GiB already: activation_checkpointing=True, a smaller batch or "
+                    "offload_activations='none' need less."
                 )
             raise
         self.reserved_bytes += size

@@ -11,10 +11,10 @@ from lightning_zinf.monitor.counters import Counters
 
 
 class BlockPool:
-    """Memory that things rest in, as much as is needed: a :class:`~lightning_zinf.memory.slots.SlotRing` without budget.
+    """Memory that things rest in, as much as is needed: a :class:`.SlotRing` without budget.
 
-    A block that comes back is used again for what needs at least half of it, so that a training step takes the blocks of
-    the step before, without page faults and without pinning.
+    A block that comes back is used again for what needs at least half of it, so that a training step takes the blocks
+    of the step before, without page faults and without pinning.
 
     Args:
         allocate: Makes a ``uint8`` tensor of that many bytes.
