@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -74,9 +74,9 @@ class ZinfStrategyBody(CheckpointsPart):
         offload_params: Where weights rest. ``auto`` takes the fastest tier with room, ``none`` the device, ``cpu`` host
             memory, ``nvme`` files below ``nvme_path``. Stages 1 and 2 take ``auto`` for ``none``.
         offload_optimizer: Where optimizer state rests, with the same choices.
-        activation_checkpointing: Save memory for activations: True has each unit that is made of several modules (the
-            repeated blocks of a network) keep only its inputs in forward, and compute the rest again in backward; a list
-            of class names says which modules do so instead. Results keep their bits.
+        activation_checkpointing: True has each unit that is made of several modules (the repeated blocks of a network)
+            keep only its inputs in forward, and compute the rest again in backward; a list of class names says which
+            modules do so instead. Results keep their bits.
         offload_activations: Where activations go between forward and backward: ``none`` leaves them on the device,
             ``cpu`` takes them to host memory, ``nvme`` to files below ``nvme_path``. With ``activation_checkpointing``
             the inputs of the units go, without it all large tensors that autograd saves. On a CPU, host memory is where
@@ -113,7 +113,7 @@ class ZinfStrategyBody(CheckpointsPart):
         stage: Literal[1, 2, 3] = 3,
         offload_params: Offload = "auto",
         offload_optimizer: Offload = "auto",
-        activation_checkpointing: Union[bool, list[str]] = False,
+        activation_checkpointing: bool | list[str] = False,
         offload_activations: OffloadActivations = "none",
         nvme_path: str | None = None,
         units: list[str] | None = None,

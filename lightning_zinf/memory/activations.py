@@ -370,8 +370,11 @@ class ActivationStore:
 
     # ------------------------------------------------------------------ the end
 
-    def settle(self) -> None:
+    def settle(self, *, wait: bool = False) -> None:
         """Take back the room of what nobody wants any more.
+
+        Args:
+            wait: Also of what is still being written.
 
         Raises:
             OSError: It could not be written. Nobody wanted it; but the next one may be wanted.
@@ -384,7 +387,7 @@ class ActivationStore:
             failed: OSError | None = None
             for record in closing:
                 assert record.write is not None
-                if not record.write.done():
+                if not wait and not record.write.done():
                     self._closing.append(record)
                     continue
                 try:
@@ -446,12 +449,12 @@ class ActivationStore:
     def drain(self) -> None:
         """Wait until nothing is under way. What could not be written is said when it is wanted."""
         with self._lock:
-            for record in [*self._closing, *self._records.values()]:
+            with contextlib.suppress(OSError):
+                self.settle(wait=True)
+            for record in self._records.values():
                 if record.write is not None:
                     with contextlib.suppress(OSError):
                         record.write.wait()
-            with contextlib.suppress(OSError):
-                self.settle()
             with contextlib.suppress(OSError):
                 self.staging.drain()
 
