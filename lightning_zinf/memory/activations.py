@@ -239,7 +239,6 @@ class ActivationStore:
             record.slot = None
         if record.slot is None:
             self._start(record, force=True)
-        self._ahead.pop(record, None)
         self._finish_read(record)
         if self._link is not None:
             self._upload(record)
@@ -274,6 +273,7 @@ class ActivationStore:
         return True
 
     def _finish_read(self, record: _Record) -> None:
+        self._ahead.pop(record, None)
         ticket, record.read = record.read, None
         if ticket is None:
             return
@@ -319,7 +319,6 @@ class ActivationStore:
             return
         if before.read is None or before.read.done():
             self._finish_read(before)
-            self._ahead.pop(before, None)
             self._upload(before)
 
     # ------------------------------------------------------------------ slots
@@ -396,7 +395,10 @@ class ActivationStore:
                     failed = failed or error
                 self._vacate(record)
         if failed is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed  # the traceback refers to this frame
 
     def _bury(self, record: _Record) -> None:
         del self._records[record.number]

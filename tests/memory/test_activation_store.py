@@ -184,11 +184,11 @@ def test_a_write_that_fails_is_named_and_what_comes_after_works(tmp_path: Path) 
         store.nvme.write = lambda *a: Refused()  # type: ignore[assignment,method-assign,misc]
         first = put(store, content(0, 4096))
         store.nvme.write = write  # type: ignore[method-assign]
-        with pytest.raises(OSError, match="activations could not be written.*nvme_path") as caught:
+        with pytest.raises(OSError, match=r"activations could not be written.*nvme_path") as caught:
             put(store, content(1, 4096))
         assert caught.value.errno == errno.EIO
         assert caught.value.filename == "zinf.state"
-        with pytest.raises(OSError, match="activations could not be written"):
+        with pytest.raises(OSError, match=r"activations could not be written"):
             store.get(first)
         del first
         store.after_exception()
@@ -204,7 +204,7 @@ def test_a_write_that_fails_is_said_even_if_nobody_wants_it_any_more(tmp_path: P
         assert store.nvme is not None
         store.nvme.write = lambda *a: Refused()  # type: ignore[assignment,method-assign,misc]
         put(store, content(0, 4096))
-        with pytest.raises(OSError, match="activations could not be written"):
+        with pytest.raises(OSError, match=r"activations could not be written"):
             store.end_of_backward()
         assert store.live == store.resting_bytes == 0
 
@@ -215,7 +215,7 @@ def test_a_read_that_fails_is_named_and_may_be_tried_again(tmp_path: Path) -> No
         handles = [put(store, content(n, 4096)) for n in range(2)]
         read = store.nvme.read
         store.nvme.read = lambda *a: Refused()  # type: ignore[assignment,method-assign,misc]
-        with pytest.raises(OSError, match="activations could not be read back.*nvme_path") as caught:
+        with pytest.raises(OSError, match=r"activations could not be read back.*nvme_path") as caught:
             store.get(handles[0])
         assert caught.value.errno == errno.EIO
         store.nvme.read = read  # type: ignore[method-assign]
