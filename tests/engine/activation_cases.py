@@ -87,8 +87,6 @@ def what_plain_autograd_saves(
 ) -> tuple[Plain, Tensor]:
     """Run a plain forward and look on; the loss keeps what was saved alive."""
     model, found, depth = case.make(), Plain(), [0]
-    if precision != "32-true":
-        model = model.bfloat16() if precision == "bf16-true" else model
     lasting = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
 
     def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:

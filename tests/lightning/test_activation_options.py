@@ -48,6 +48,17 @@ def test_fit_has_the_bits_of_fit_without(way: str, place: str, tmp_path: Path) -
     assert engine.counters.activation_write_bytes == away
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed"])
+def test_every_precision(precision: str, tmp_path: Path) -> None:
+    results = []
+    for options in (WAYS["recompute-nvme"], WAYS["nvme"], {}):
+        module = net()
+        trainer(tmp_path, zinf(**options), precision=precision).fit(module, loader())
+        results.append(weights(module))
+    assert_same(results[0], results[2])
+    assert_same(results[1], results[2])
+
+
 class TwoLosses(Net):
     """Manual optimization with two backwards through one graph, the first of which keeps it."""
 
