@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Offload = Literal["auto", "none", "cpu", "nvme"]
+OffloadActivations = Literal["none", "cpu", "nvme"]
 Tier = Literal["device", "host", "nvme"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
@@ -42,18 +43,26 @@ class MemoryConfig:
             bytes; larger subtrees are cut along their children.
         full_read_bytes: ``model.state_dict()`` or ``copy.deepcopy(model)`` of a paged model larger than this raises
             instead of filling the memory. ``None`` takes half of the free host memory.
+        activation_bytes: Budget in bytes for activations on their way: of host memory that they pass through to and
+            from NVMe, and of copies from an accelerator. It comes on top of ``host_bytes``. ``None`` takes 256 MiB, at
+            most an eighth of the free host memory.
+        activation_min_bytes: Smaller saved tensors stay where they are with ``offload_activations``.
     """
 
     host_bytes: int | None = None
     device_bytes: int | None = None
     unit_bytes: int = 16 * 2**20
     full_read_bytes: int | None = None
+    activation_bytes: int | None = None
+    activation_min_bytes: int = 64 * 2**10
 
     def __post_init__(self) -> None:
         _check_positive("memory.host_bytes", self.host_bytes)
         _check_positive("memory.device_bytes", self.device_bytes)
         _check_positive("memory.unit_bytes", self.unit_bytes)
         _check_positive("memory.full_read_bytes", self.full_read_bytes)
+        _check_positive("memory.activation_bytes", self.activation_bytes)
+        _check_positive("memory.activation_min_bytes", self.activation_min_bytes)
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,18 @@ def check_offload(name: str, value: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_activations(checkpointing: object, offload: object) -> None:
+    """Raise ValueError unless these are values of ``activation_checkpointing`` and ``offload_activations``."""
+    names = checkpointing if isinstance(checkpointing, (list, tuple)) else ()
+    if not isinstance(checkpointing, (bool, list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"activation_checkpointing must be True, False or a list of class names, got {checkpointing!r}"
+        )
+    choices = ("none", "cpu", "nvme")
+    if offload not in choices:
+        raise ValueError(f"offload_activations must be one of {', '.join(map(repr, choices))}, got {offload!r}")
+
+
 @dataclass(frozen=True)
 class PartitionConfig:
     """What decides how a model is partitioned; an engine is reused while this stays the same.
@@ -161,6 +182,8 @@ class PartitionConfig:
         stage: What is partitioned over ranks: 1 optimizer state, 2 also gradients, 3 also weights.
         shard_size: Number of ranks that share one copy of the model; None for all.
         aliased: Whether host and device are one memory; None means: on a CPU.
+        activation_checkpointing: Whether to recompute units in backward; or class names of the modules to recompute.
+        offload_activations: Where activations go between forward and backward.
     """
 
     device: torch.device
@@ -175,3 +198,5 @@ class PartitionConfig:
     stage: int = 3
     shard_size: int | None = None
     aliased: bool | None = None
+    activation_checkpointing: bool | tuple[str, ...] = False
+    offload_activations: OffloadActivations = "none"

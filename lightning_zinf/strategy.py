@@ -26,13 +26,15 @@ from lightning_zinf.config import (
     IOConfig,
     MemoryConfig,
     Offload,
+    OffloadActivations,
     OverlapConfig,
     PartitionConfig,
+    check_activations,
     check_offload,
     nvme_paths,
 )
 from lightning_zinf.engine.construction import paged_construction
-from lightning_zinf.engine.partition import engine_of, forget, partition, tiers
+from lightning_zinf.engine.partition import describe_activations, engine_of, forget, partition, tiers
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
 from lightning_zinf.planning.report import memory_text
@@ -67,6 +69,13 @@ class ZinfStrategyBody(CheckpointsPart):
         offload_params: Where weights rest. ``auto`` takes the fastest tier with room, ``none`` the device, ``cpu`` host
             memory, ``nvme`` files below ``nvme_path``. Stages 1 and 2 take ``auto`` for ``none``.
         offload_optimizer: Where optimizer state rests, with the same choices.
+        activation_checkpointing: True has each unit that is made of several modules (the repeated blocks of a network)
+            keep only its inputs in forward, and compute the rest again in backward; a list of class names says which
+            modules do so instead. Results keep their bits.
+        offload_activations: Where activations go between forward and backward: ``none`` leaves them on the device,
+            ``cpu`` takes them to host memory, ``nvme`` to files below ``nvme_path``. With ``activation_checkpointing``
+            the inputs of the units go, without it all large tensors that autograd saves. On a CPU, host memory is where
+            they are, so ``cpu`` does what ``none`` does.
         nvme_path: Folder on a fast local disk, or a list of folders on several, which are read and written at once. By
             default the environment variable ZINF_NVME_PATH (several folders with ``:`` between them), else
             ``zinf_nvme`` in the Trainer's ``default_root_dir``.
@@ -100,6 +109,8 @@ class ZinfStrategyBody(CheckpointsPart):
         stage: Literal[1, 2, 3] = 3,
         offload_params: Offload = "auto",
         offload_optimizer: Offload = "auto",
+        activation_checkpointing: bool | list[str] = False,
+        offload_activations: OffloadActivations = "none",
         nvme_path: str | list[str] | None = None,
         units: list[str] | None = None,
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008  # frozen, and LightningCLI shows its fields
@@ -121,6 +132,7 @@ class ZinfStrategyBody(CheckpointsPart):
             raise ValueError(f"stage must be 1, 2 or 3, got {stage!r}")
         check_offload("offload_params", offload_params)
         check_offload("offload_optimizer", offload_optimizer)
+        check_activations(activation_checkpointing, offload_activations)
         if stage < 3 and offload_params in ("cpu", "nvme"):
             raise ValueError(
                 f"offload_params={offload_params!r} needs stage=3: stages 1 and 2 keep weights on the device"
@@ -139,6 +151,8 @@ class ZinfStrategyBody(CheckpointsPart):
         self._failed = False
         self.offload_params: Offload = offload_params
         self.offload_optimizer: Offload = offload_optimizer
+        self.activation_checkpointing = activation_checkpointing
+        self.offload_activations: OffloadActivations = offload_activations
         nvme_paths(nvme_path, ".")
         self.nvme_path = nvme_path
         self.units = units
@@ -295,6 +309,7 @@ class ZinfStrategyBody(CheckpointsPart):
     def _partition_config(self) -> PartitionConfig:
         assert self.lightning_module is not None
         root = self.lightning_module.trainer.default_root_dir
+        recomputed = self.activation_checkpointing
         return PartitionConfig(
             device=self.root_device,
             precision=self.precision_plugin.precision,
@@ -307,6 +322,8 @@ class ZinfStrategyBody(CheckpointsPart):
             io=self.io,
             stage=3 if self._alone else self.stage,
             shard_size=None if self._alone else self.shard_size,
+            activation_checkpointing=recomputed if isinstance(recomputed, bool) else tuple(recomputed),
+            offload_activations=self.offload_activations,
         )
 
     def _announce(self) -> None:
@@ -314,6 +331,7 @@ class ZinfStrategyBody(CheckpointsPart):
         rank_zero_info(
             f"zinf: stage {self.stage}, {self.precision_plugin.precision}, {len(engine.units)} units; "
             f"weights on {tiers(engine, 'weights')}, optimizer state on {tiers(engine, 'optimizer state')}"
+            + (f"; {describe_activations(engine)}" if engine.activations is not None else "")
             + (f", NVMe files in {', '.join(engine.config.nvme_paths)}" if engine.context.has_nvme else "")
             + f"\n{memory_text(engine.plan)}"
         )

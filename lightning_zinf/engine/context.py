@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_zinf.comm.group import Collectives
 from lightning_zinf.config import Tier
 from lightning_zinf.layout import FlatLayout
+from lightning_zinf.memory.activations import ActivationStore
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.slots import Slot, SlotRing
 from lightning_zinf.memory.state import NvmeState, ResidentState, State
@@ -60,6 +61,7 @@ class EngineContext:
         self._staging: SlotRing | None = None
         self._tiles: TileRing | None = None
         self._nvme: NvmeStore | None = None
+        self.activations: ActivationStore | None = None
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._layouts: dict[tuple[Any, ...], FlatLayout] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -106,7 +108,7 @@ class EngineContext:
     @property
     def has_nvme(self) -> bool:
         """Whether anything lives on NVMe."""
-        return self._nvme is not None
+        return self._nvme is not None or (self.activations is not None and self.activations.nvme is not None)
 
     def install(
         self,
@@ -131,11 +133,13 @@ class EngineContext:
             rows.append(("staging for weights", "host", self._staging.budget))
         if self._tiles is not None:
             rows.append(("staging for state", "host", self._tiles.nbytes))
+        if self.activations is not None and self.activations.nvme is not None:
+            rows.append(("staging for activations", "host", self.activations.budget))
         return rows
 
     def drain(self) -> None:
         """Wait for everything under way to NVMe."""
-        for part in (self._tiles, self._ring, self._staging):
+        for part in (self._tiles, self._ring, self._staging, self.activations):
             if part is not None:
                 part.drain()
 
@@ -146,6 +150,9 @@ class EngineContext:
         finally:
             if self._nvme is not None:
                 self._nvme.close()
+            if self.activations is not None:
+                self.activations.close()
+            self.activations = None
             self._nvme = self._ring = self._staging = self._tiles = None
 
     def new_state(self, numel: int, planes: tuple[str, ...], tier: Tier, name: str) -> State:

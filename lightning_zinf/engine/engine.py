@@ -37,12 +37,14 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_zinf.comm.group import Ranks, sum_over_shards
 from lightning_zinf.comm.rounds import Rounds
+from lightning_zinf.engine.activations import Activations, Offload, staying_storages
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.net import SavedTensorNet
 from lightning_zinf.engine.pager import Pager
 from lightning_zinf.engine.reduction import Reducer
 from lightning_zinf.engine.units import Unit
+from lightning_zinf.memory.activations import ActivationStore
 from lightning_zinf.memory.placement import Placement
 from lightning_zinf.memory.planner import Plan
 from lightning_zinf.monitor.trace import follow_profiler, span
@@ -149,10 +151,34 @@ class Engine:
         self._any_flips = any(u.flips for u in units)
         self._flipping = [u for u in units if u.flips and not u.moves]
         self._handles: list[Any] = []
+        self.activations: Activations | None = None
         context.fault = self._on_fault
         context.computing = self._computing
         context.updates_soon = lambda buffer: self.early.expected(self.pager.unit_with(buffer))
         self._install_hooks()
+
+    def handle_activations(
+        self, modules: Sequence[nn.Module], store: ActivationStore | None = None, min_bytes: int = 1
+    ) -> None:
+        """Recompute modules in backward, and bring away what autograd saves; call it once.
+
+        Args:
+            modules: The modules.
+            store: Where their inputs go, or all that autograd saves if there are no such modules; None if it all stays.
+            min_bytes: What has fewer bytes stays.
+        """
+        if store is not None:
+            staying = functools.partial(staying_storages, self.root, self.units)
+            self._net.offload = Offload(
+                store,
+                self.context.device,
+                min_bytes=min_bytes,
+                only_inputs=bool(modules),
+                staying=staying,
+                in_backward=in_backward,
+            )
+            self._needs_net = True
+        self.activations = Activations(modules, self, self._net.offload)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """Stay the one engine: a copied module's hooks lead here, where the copy is unknown."""
@@ -303,6 +329,35 @@ class Engine:
             if unit.index not in self._live():
                 self.pager.release(unit)
 
+    # ------------------------------------------------------------------ recomputation
+
+    def in_step(self) -> bool:
+        """Whether a step or a backward is running."""
+        return self._computing()
+
+    @contextmanager
+    def saving_inputs(self) -> Iterator[None]:
+        """While this is open, autograd saves inputs of a unit that will be recomputed from them."""
+        if self._net.offload is None:
+            yield
+        else:
+            with self._net.offload.inputs():
+                yield
+
+    @contextmanager
+    def recomputing(self, module: nn.Module) -> Iterator[None]:
+        """While this is open, ``module`` is computed again in backward: it needs its weights."""
+        if module not in self._needs or not in_backward() or not (self._any_moves or self._any_flips):
+            yield
+            return
+        depth = len(self._frames)
+        try:
+            self._push(module, module)
+            yield
+        finally:
+            if len(self._frames) > depth:
+                self._pop(None)
+
     def _live(self) -> set[int]:
         """Return the index of every unit that running frames need."""
         return {u.index for f in self._frames for u in f.needs}
@@ -339,6 +394,8 @@ class Engine:
             if frame.span is not None:
                 frame.span.__exit__(None, None, None)
         self._after_backward()
+        if self.activations is not None:
+            self.activations.after_backward(failed=True)
 
     # ------------------------------------------------------------------ faults
 
@@ -389,6 +446,8 @@ class Engine:
             self._net.exit()
         self.early.end()
         self._after_backward()
+        if self.activations is not None:
+            self.activations.after_backward(failed=failed)
         if self.reducer is not None and self.reducer.early and not failed:
             self._finish_reduction("the end of a backward")
         else:
@@ -532,6 +591,8 @@ class Engine:
         self.meet("dissolving the model")
         for handle in self._handles:
             handle.remove()
+        if self.activations is not None:
+            self.activations.remove()
         for unit in self.units:
             with self.pager.loaded(unit), torch.inference_mode(False), torch.no_grad():
                 values = [[v.to(b.view_dtype, copy=True) for v in b.views_of(b.read_master())] for b in unit.buffers]

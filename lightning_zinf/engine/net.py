@@ -10,7 +10,9 @@ that has to fetch is counted.
 Only the innermost pair of saved-tensor hooks applies, so tensors that are not ours are passed to the pair that was
 there before us (a user's ``save_on_cpu`` around the step, say).
 
-A weight that was updated between forward and backward is refused, as autograd's version counter would.
+A weight that was updated between forward and backward is refused, as autograd's version counter would. Autograd leaves
+that check to hooks for all that they pack, so what stays is checked here too. What the engine brings away
+(``activations.py``) is packed as it says.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+from lightning_zinf.engine.activations import Away, Offload
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -36,6 +40,14 @@ class _Packed:
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A tensor that stays where it is."""
+
+    tensor: Tensor
+    version: int
 
 
 @dataclass(slots=True)
@@ -61,10 +73,14 @@ class SavedTensorNet:
 
     Args:
         pager: The engine.
+
+    Attributes:
+        offload: Brings away what is worth it, if anything.
     """
 
     def __init__(self, pager: Pager) -> None:
         self._pager = pager
+        self.offload: Offload | None = None
         self._open: list[Any] = []
 
     def enter(self) -> None:
@@ -77,7 +93,10 @@ class SavedTensorNet:
                 return _Packed(
                     buffer, buffer.version, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype
                 )
-            return tensor if outer is None else _Foreign(outer[0](tensor), outer[1])
+            away = None if self.offload is None else self.offload.pack(tensor)
+            if away is not None:
+                return away
+            return _Kept(tensor, tensor._version) if outer is None else _Foreign(outer[0](tensor), outer[1])
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
         hooks.__enter__()
@@ -88,10 +107,20 @@ class SavedTensorNet:
         self._open.pop().__exit__(None, None, None)
 
     def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+        if isinstance(packed, _Kept):
+            if packed.tensor._version != packed.version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a {packed.tensor.dtype} tensor of shape {tuple(packed.tensor.shape)} is at version "
+                    f"{packed.tensor._version}; expected version {packed.version} instead. If it is the input of a "
+                    "module that activation_checkpointing computes again, have that module not change its input"
+                )
+            return packed.tensor
         if isinstance(packed, _Foreign):
             return packed.unpack(packed.packed)
+        if isinstance(packed, Away):
+            assert self.offload is not None
+            return self.offload.unpack(packed)
         buffer = packed.buffer
         flat = self._pager.refill(buffer)
         if buffer.version != packed.version:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from lightning_zinf import parameters as paging
 from lightning_zinf.comm.group import Collectives, Ranks, least
 from lightning_zinf.config import PartitionConfig, Tier
+from lightning_zinf.engine.activations import open_store
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.drafts import Draft, check_parameters, describe_model, draft_buffers
 from lightning_zinf.engine.engine import Engine
+from lightning_zinf.engine.recompute import modules_to_recompute
 from lightning_zinf.engine.residence import AliasedWeights, DeviceWeights
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
@@ -83,6 +85,7 @@ def partition(
     trained_ids = {id(p) for p in trained}
     check_parameters(root, trained_ids)
     plans = find_units(root, config.memory.unit_bytes, config.units)
+    recomputed = modules_to_recompute(root, [p.module for p in plans], config.activation_checkpointing)
     counters = Counters()
     comm = None if ranks is None or ranks.world_size == 1 else Collectives(ranks, counters)
     drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
@@ -99,14 +102,16 @@ def partition(
         with large_blocks_apart():
             units = builder.build(plans)
             context.drop_scratch()
+        store = open_store(config, context, free.host)
     except BaseException:
         context.close()
         raise
     assert plan.size.whole is not None
     under_way = reduce_bytes(plan.size.largest_unit, plan.size.whole)
     engine = Engine(root, units, context, prefetch=config.overlap.prefetch, reduce_bytes=under_way)
-    engine.placement, engine.config = decision.where, config
-    engine.plan = plan
+    if recomputed or store is not None:
+        engine.handle_activations(recomputed, store, config.memory.activation_min_bytes)
+    engine.placement, engine.config, engine.plan = decision.where, config, plan
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
 
@@ -324,3 +329,12 @@ def tiers(engine: Engine, what: Literal["weights", "optimizer state"]) -> str:
         engine.placement.params if what == "weights" else engine.placement.optimizer
     }
     return " and ".join(sorted(places))
+
+
+def describe_activations(engine: Engine) -> str:
+    """Say what happens to activations between forward and backward."""
+    count = 0 if engine.activations is None else len(engine.activations.recomputed)
+    place = {"none": "the device", "cpu": "host memory", "nvme": "nvme"}[engine.config.offload_activations]
+    if not count:
+        return f"activations on {place}"
+    return f"{count} modules are recomputed in backward, their inputs on {place}"

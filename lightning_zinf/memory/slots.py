@@ -46,7 +46,10 @@ def wait_all(tickets: Iterable[Ticket]) -> None:
         except OSError as error:
             failed = failed or error
     if failed is not None:
-        raise failed
+        try:
+            raise failed
+        finally:
+            del failed  # its traceback refers to this frame, and so to what every caller holds
 
 
 def use_count(tensor: Tensor) -> int:

@@ -33,6 +33,10 @@ class Counters:
         reduce_scatter_bytes: Bytes of the buffers that were reduced over all ranks, in the dtype they were sent in.
         all_reduce_bytes: Bytes of shards that were reduced over the copies of the model (hybrid sharding).
         broadcast_bytes: Bytes sent from rank 0 to all.
+        activation_write_bytes: Bytes of activations that were brought to host memory or NVMe, padding included; what
+            goes to NVMe is part of ``nvme_write_bytes`` too.
+        activation_read_bytes: Bytes of activations that were brought back, padding included.
+        activation_reused_bytes: Bytes of activations that were still in staging memory when they were wanted.
         reused_bytes: Bytes of weights that a gather found still in their slot and did not read again.
         gathers: Times that a unit became resident.
         faults: Uses of a released parameter that no hook had foreseen.
@@ -54,6 +58,9 @@ class Counters:
     reduce_scatter_bytes: int = 0
     all_reduce_bytes: int = 0
     broadcast_bytes: int = 0
+    activation_write_bytes: int = 0
+    activation_read_bytes: int = 0
+    activation_reused_bytes: int = 0
     reused_bytes: int = 0
     gathers: int = 0
     faults: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from oracle import Recipe, Result, autocast, put_state
 from torch import Tensor, nn
 
 from lightning_zinf.comm.group import Ranks
-from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OverlapConfig
+from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OffloadActivations, OverlapConfig
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import PartitionConfig, partition
 from lightning_zinf.engine.units import find_units
@@ -37,6 +37,9 @@ class Where:
         aliased: False runs the code of an accelerator with memory of its own.
         tight: Give pages the least memory there is.
         prefetch: Option ``overlap.prefetch``.
+        recompute: Option ``activation_checkpointing``.
+        activations: Option ``offload_activations``; whatever autograd saves is large enough.
+        activation_bytes: Option ``memory.activation_bytes``.
         early: Let steps be taken in backward, where the recipe does not clip.
         update: Option ``overlap.update``.
         share: Allow so much host memory, as a share of all planes and gradients, and leave the rest to the engine.
@@ -47,6 +50,9 @@ class Where:
     aliased: bool | None = None
     tight: bool = False
     prefetch: bool = True
+    recompute: bool | tuple[str, ...] = False
+    activations: OffloadActivations = "none"
+    activation_bytes: int | None = None
     share: float | None = None
     early: bool = False
     update: Literal["auto", "forward", "step"] = "auto"
@@ -236,6 +242,7 @@ def session(
         memory = tight_memory(model, precision, case.units, shards, kept) if where.tight else MemoryConfig()
         if where.share is not None:
             memory = part_of_memory(model, precision, case.units, where.share)
+    memory = replace(memory, activation_bytes=where.activation_bytes, activation_min_bytes=1)
     config = PartitionConfig(
         device=CPU,
         precision=precision,  # type: ignore[arg-type]
@@ -249,6 +256,8 @@ def session(
         aliased=where.aliased,
         stage=stage,
         shard_size=shard,
+        activation_checkpointing=where.recompute,
+        offload_activations=where.activations,
     )
     trained = [p for g in optimizer.param_groups for p in g["params"]]
     engine = partition(model, config, trained, ranks, names)

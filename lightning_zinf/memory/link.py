@@ -1,0 +1,85 @@
+"""The way of activations between an accelerator with memory of its own and the host.
+
+Note [Streams of activations]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+Copies in either direction run on streams of their own, so that they overlap with compute and with each other. A copy
+to the host starts when the kernels that were queued before it have finished; it keeps its source until it is done,
+since the source may be freed or changed meanwhile. A copy to the device goes to fresh memory of the compute stream,
+so it too waits for what was queued there before (the memory may have been freed by it), and compute waits for the copy.
+
+The CUDA part has not run on a GPU yet; on a CPU the copies are done when the call returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_zinf.monitor.counters import Counters
+
+
+@dataclass
+class Copy:
+    """A copy on a CUDA stream; keeps both ends alive until it is done."""
+
+    event: Any
+    keep: tuple[Tensor, ...] = field(repr=False)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Block until the copy is done."""
+        self.event.synchronize()
+        return int(self.keep[0].nbytes)
+
+    def done(self) -> bool:
+        """Whether the copy is done."""
+        return bool(self.event.query())
+
+
+class DeviceLink:
+    """Copies bytes from and to a device.
+
+    Args:
+        device: The accelerator, or the CPU playing one.
+        counters: Where bytes are counted.
+    """
+
+    def __init__(self, device: torch.device, counters: Counters) -> None:
+        self._device = device
+        self._counters = counters
+        cuda = device.type == "cuda"
+        self._down_stream = torch.cuda.Stream(device) if cuda else None
+        self._up_stream = torch.cuda.Stream(device) if cuda else None
+
+    def down(self, source: Tensor, host: Tensor) -> Copy | None:
+        """Copy bytes to host memory; return the copy if it is not done yet."""
+        self._counters.device_to_host_bytes += source.nbytes
+        if self._down_stream is None:
+            host.copy_(source)
+            return None
+        self._down_stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._down_stream):
+            host.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._down_stream)
+        source.record_stream(self._down_stream)
+        return Copy(done, (source, host))
+
+    def up(self, host: Tensor) -> tuple[Tensor, Copy | None]:
+        """Copy bytes to fresh memory on the device; return it, and the copy if the host's memory is still in use."""
+        self._counters.host_to_device_bytes += host.nbytes
+        target = torch.empty(host.numel(), dtype=torch.uint8, device=self._device)
+        if self._up_stream is None:
+            target.copy_(host)
+            return target, None
+        compute = torch.cuda.current_stream(self._device)
+        self._up_stream.wait_stream(compute)
+        with torch.cuda.stream(self._up_stream):
+            target.copy_(host, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._up_stream)
+        compute.wait_event(done)
+        target.record_stream(self._up_stream)
+        return target, Copy(done, (host,))
