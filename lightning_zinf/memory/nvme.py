@@ -92,10 +92,10 @@ class NvmeStore:
         self.allocated_bytes += nbytes
         return extent
 
-    def read(self, extent: Extent, tensor: Tensor, offset: int = 0) -> Ticket:
-        """Start to fill ``tensor`` from ``offset`` bytes into ``extent``."""
+    def read(self, extent: Extent, tensor: Tensor, offset: int = 0, counters: Counters | None = None) -> Ticket:
+        """Start to fill ``tensor`` from ``offset`` bytes into ``extent``; other threads have ``counters`` of their own."""
         self._check(extent, tensor, offset)
-        self._counters.nvme_read_bytes += tensor.nbytes
+        (counters or self._counters).nvme_read_bytes += tensor.nbytes
         return self.engine.read(extent.file, extent.offset + offset, tensor)
 
     def write(self, extent: Extent, tensor: Tensor, offset: int = 0) -> Ticket:
