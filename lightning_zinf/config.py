@@ -115,8 +115,8 @@ class CheckpointConfig:
 
     Args:
         async_save: Let training go on while a checkpoint that is saved during ``fit`` is being written. It is complete
-            at the latest when the next one is saved, when a checkpoint is loaded, and when ``fit`` ends. What goes wrong
-            is raised by a later step. ``False`` waits for each one.
+            at the latest when the next one is saved, when a checkpoint is loaded, and when ``fit`` ends. What goes
+            wrong is raised by a later step. ``False`` waits for each one.
         copy_bytes: Host memory in bytes for copies of what training changes before it has been written; beyond that,
             training waits. ``None`` takes a quarter of the free memory, shared by the processes of a machine.
     """

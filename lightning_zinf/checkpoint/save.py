@@ -7,9 +7,9 @@ of what they wrote, or what went wrong. Only if all is well, and on disk, the ma
 in one step; then the older files go. So at every instant the folder has the old checkpoint, or the new one, or none; a
 folder without a manifest is not a checkpoint.
 
-What is saved is the state as it is when ``save`` is called. Planes are read later, by other threads, while training goes
-on (``engine/snapshot.py``, ``stream.py``, ``saving.py``); everything else is serialized at once. Saving in the foreground
-is the same, and waits for the end.
+What is saved is the state as it is when ``save`` is called. Planes are read later, by other threads, while training
+goes on (``engine/snapshot.py``, ``stream.py``, ``saving.py``); everything else is serialized at once. Saving in the
+foreground is the same, and waits for the end.
 """
 
 from __future__ import annotations

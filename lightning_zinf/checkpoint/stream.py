@@ -165,8 +165,8 @@ class BlockSums:
 def combined(first: int, second: int, nbytes: int) -> int:
     """Return the CRC-32 of two byte strings, one after the other.
 
-    A CRC is a polynomial over GF(2) modulo a fixed one, bit 31 its lowest power: appending ``nbytes`` bytes multiplies it
-    by ``x ** (8 * nbytes)``. The inversions at both ends cancel out.
+    A CRC is a polynomial over GF(2) modulo a fixed one, bit 31 its lowest power: appending ``nbytes`` bytes multiplies
+    it by ``x ** (8 * nbytes)``. The inversions at both ends cancel out.
 
     Args:
         first: CRC-32 of the first.

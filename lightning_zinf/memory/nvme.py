@@ -93,7 +93,7 @@ class NvmeStore:
         return extent
 
     def read(self, extent: Extent, tensor: Tensor, offset: int = 0, counters: Counters | None = None) -> Ticket:
-        """Start to fill ``tensor`` from ``offset`` bytes into ``extent``; other threads have ``counters`` of their own."""
+        """Start to fill ``tensor`` from ``offset`` bytes into ``extent``; other threads count for themselves."""
         self._check(extent, tensor, offset)
         (counters or self._counters).nvme_read_bytes += tensor.nbytes
         return self.engine.read(extent.file, extent.offset + offset, tensor)
