@@ -289,6 +289,8 @@ class FlatBuffer:
     def open_master(self) -> None:
         """Let the parameters view the master; the weights must be loaded, and the residual gathered."""
         if not self.split or self.view_dtype == self.compute_dtype:
+            for ticket in self.weights.under_way() if self.held is not None else ():
+                ticket.wait()  # what is being written for a checkpoint to read is the memory that may change now
             self.bind()
             self._opened_checksum = self._checksum(self.weights.flat())
             return

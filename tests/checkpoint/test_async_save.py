@@ -135,7 +135,7 @@ def test_who_needs_a_complete_checkpoint_waits(tmp_path: Path) -> None:
                 trainer.strategy.load_checkpoint(path)
             elif trainer.global_step == 4:
                 trainer.save_checkpoint(tmp_path / "other.ckpt")
-            if trainer.global_step > 1:
+            if trainer.global_step in (2, 3, 4):
                 assert (path / "manifest.json").exists()
 
     used = trainer(tmp_path, strategy("nvme"), callbacks=[Uses()])
@@ -175,7 +175,6 @@ def test_an_exception_on_one_of_two_ranks(tmp_path: Path) -> None:
     for said, over in run(2, async_saves.stop_on_one_rank, tmp_path):
         assert "broken on purpose" in said
         assert over
-    close_all()  # the ranks' channel is broken
     if (tmp_path / "3.ckpt/manifest.json").exists():
         assert contents(tmp_path / "3.ckpt")
 
@@ -190,8 +189,6 @@ def test_a_full_disk_is_raised_by_all_ranks(tmp_path: Path, size: int) -> None:
         assert f"rank {size - 1}: [Errno 28] No space left on device" in said
         assert not left
         assert over
-    if size > 1:
-        close_all()
 
 
 @pytest.mark.parametrize("caught", [False, True])
@@ -206,15 +203,15 @@ def test_the_checkpoint_before_stays(tmp_path: Path, caught: bool) -> None:
 
     class Saves(Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            if trainer.global_step in (2, 5):
-                failing[0] = trainer.global_step == 5
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+            elif trainer.global_step == 5:
+                failing[0] = True
                 trainer.save_checkpoint(tmp_path / "a.ckpt")
                 trainer.strategy.remove_checkpoint(tmp_path / "older.ckpt")
-                if caught and failing[0]:
+                if caught:
                     with pytest.raises(OSError, match=r"a.ckpt was not saved: rank 0: \[Errno 5\]"):
                         trainer.strategy.wait_for_checkpoints()
-            if trainer.global_step == 3:
-                (tmp_path / "older.ckpt").write_text("")
 
     model, used = net(Model), trainer(tmp_path, strategy("nvme"), callbacks=[Saves()])
     (tmp_path / "older.ckpt").write_text("")
