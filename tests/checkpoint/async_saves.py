@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,42 @@ from lightning_zinf.checkpoint.source import Checkpoint
 from lightning_zinf.checkpoint.stream import LocalFile
 from lightning_zinf.engine.snapshot import Snapshot
 from lightning_zinf.memory import pieces
+from lightning_zinf.memory.nvme import NvmeStore
+
+
+class Late:
+    """A write to NVMe that begins after a while."""
+
+    def __init__(self, write: Callable[[], Any], seconds: float) -> None:
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, args=(write, seconds))
+        self._thread.start()
+
+    def _run(self, write: Callable[[], Any], seconds: float) -> None:
+        time.sleep(seconds)
+        try:
+            write().wait()
+        except OSError as error:
+            self._error = error
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._thread.join(timeout)
+        if self._error is not None:
+            raise self._error
+        return 0
+
+    def done(self) -> bool:
+        return not self._thread.is_alive()
 
 
 @contextmanager
 def dawdling(seed: int = 0, longest: float = 0.004, numel: int = 4096) -> Iterator[None]:
-    """Have threads that save wait now and then, and take small pieces."""
+    """Have threads that save, and writes to NVMe, wait now and then; pieces are small."""
     chance = random.Random(seed)
-    take, put = Snapshot.take, LocalFile.put
+    take, put, write = Snapshot.take, LocalFile.put, NvmeStore.write
+
+    def slow_write(*arguments: Any) -> Any:
+        return Late(functools.partial(write, *arguments), chance.random() * longest)
 
     def slow_take(self: Any) -> Any:
         time.sleep(chance.random() * longest)
@@ -43,6 +74,7 @@ def dawdling(seed: int = 0, longest: float = 0.004, numel: int = 4096) -> Iterat
     with (
         mock.patch.object(Snapshot, "take", slow_take),
         mock.patch.object(LocalFile, "put", slow_put),
+        mock.patch.object(NvmeStore, "write", slow_write),
         mock.patch.object(pieces, "PIECE_NUMEL", numel),
     ):
         yield
