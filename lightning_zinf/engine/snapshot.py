@@ -173,14 +173,16 @@ class Snapshot:
         held.tickets = buffer.weights.under_way() + ([] if buffer.state is None else buffer.state.under_way())
         with self._changed:
             held.ready = True
-            self._not_ready -= 1
             held.open.extend(works)
             if self._in_order:
                 self._queue.extend(works)
-            self._ready.append(held)
-            self._changed.notify_all()
+                self._changed.notify_all()
         if buffer.persistent and not buffer.flips:
             self.let_go(held, "weight")
+        with self._changed:  # only now, so that there is no reader to wait for while there is room for copies
+            self._not_ready -= 1
+            self._ready.append(held)
+            self._changed.notify_all()
 
     def let_go(self, held: Held, plane: str | None = None) -> None:
         """Return when no reader needs a plane of a buffer any more, or any of its planes."""
@@ -204,8 +206,6 @@ class Snapshot:
     def _claim(self, held: Held, plane: str | None) -> Work | None:
         """Return a piece to be copied, waiting for room or readers; None if nothing is left."""
         with self._changed:
-            self._urgent = held
-            self._changed.notify_all()
             try:
                 while not self.over:
                     # Readers begin at the other end.
@@ -218,6 +218,8 @@ class Snapshot:
                         self._copying += 1
                         work.copying = True
                         return work
+                    self._urgent = held
+                    self._changed.notify_all()
                     self._changed.wait()
                 return None
             finally:
@@ -264,7 +266,12 @@ class Snapshot:
             return self._urgent.open.popleft()
         if self._queue:
             return self._queue.popleft()
-        return next((held.open.popleft() for held in self._ready if held.open), None)
+        left = [held for held in self._ready if held.open]
+        if not left:
+            return None
+        # What is in memory will be changed first to last, all of it by the next step; what is on NVMe one after the
+        # other, as it has become ready.
+        return (left[0] if left[0].open[0].piece.memory is None else left[-1]).open.popleft()
 
     def done_with_source(self, work: Work) -> None:
         """The planes themselves are not needed for a piece any more."""
