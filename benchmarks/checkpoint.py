@@ -1,11 +1,14 @@
 """Checkpoints: saving, loading and consolidating beside torch.save and torch.distributed.checkpoint (one process).
 
+Then saving while training goes on, beside ``torch.distributed.checkpoint.async_save``: how long the call takes, and how
+much longer the steps after it take than others, until the checkpoint is complete.
+
     python benchmarks/checkpoint.py                      # 101M parameters in float32, 1.2 GB of weights and moments
     python benchmarks/checkpoint.py --hidden 512 --rounds 1
 
 Everything is written to one folder, by turns, and synced: torch.save and DCP leave that to the kernel, so a sync of the
-file system follows them, inside of their time. "stall" is how long training stands still: for DCP's async_save until it
-returns. Consolidation runs in a process of its own; its memory is the peak of what is anonymous (RssAnon).
+file system follows them, inside of their time (for what is saved in the background, after it). Consolidation runs in a
+process of its own; its memory is the peak of what is anonymous (RssAnon).
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from lightning_zinf.checkpoint.source import Checkpoint, ShardedStateDict
 from lightning_zinf.config import PartitionConfig
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import partition
+from lightning_zinf.ops import File, IOEngine, host_empty
 from lightning_zinf.optim.binding import OptimizerBinding
 from lightning_zinf.optim.state_dict import optimizer_rest
 
@@ -80,21 +84,27 @@ def trained(args: argparse.Namespace, folder: Path, tier: str) -> Ours:
     optimizer = torch.optim.AdamW(model.parameters())
     config = PartitionConfig(torch.device("cpu"), "32-true", tier, tier, str(folder / "nvme"))  # type: ignore[arg-type]
     engine = partition(model, config, list(model.parameters()))
-    binding = OptimizerBinding(optimizer, engine)
+    ours = engine, OptimizerBinding(optimizer, engine), optimizer
+    step_ours(ours, args.hidden)
+    engine.flush()
+    return ours
+
+
+def step_ours(ours: Ours, hidden: int) -> None:
+    engine, _, optimizer = ours
+    optimizer.zero_grad()
     with engine.frame("train") as outputs:
-        outputs.append(model(torch.randn(2, args.hidden)).square().mean())
+        outputs.append(engine.root(torch.randn(2, hidden)).square().mean())
     engine.before_backward()
     outputs[-1].backward()
     engine.after_backward()
     optimizer.step()
-    engine.flush()
-    return engine, binding, optimizer
 
 
-def save_ours(ours: Ours, path: Path) -> None:
+def save_ours(ours: Ours, path: Path, *, background: bool = False) -> None:
     engine, binding, _ = ours
     checkpoint = {"state_dict": placeholders(engine), "optimizer_states": [optimizer_rest(binding)]}
-    save(engine, checkpoint, path, [binding.optimizer], {})
+    save(engine, checkpoint, path, [binding.optimizer], {}, background=background)
 
 
 def load_ours(ours: Ours, path: Path) -> None:
@@ -104,12 +114,13 @@ def load_ours(ours: Ours, path: Path) -> None:
         load_optimizer(binding, source, 0, source.trainer()["optimizer_states"][0])
 
 
-def plain(args: argparse.Namespace) -> dict[str, Any]:
-    model = model_of(args)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for param in model.parameters():
-        param.grad = torch.full_like(param, 1e-3)
+def step_plain(model: nn.Module, optimizer: torch.optim.Optimizer, hidden: int) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(2, hidden)).square().mean().backward()
     optimizer.step()
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     names = [name for name, _ in model.named_parameters()]
     entries = {names[i]: entry for i, entry in optimizer.state_dict()["state"].items()}
     return {"model": model.state_dict(), "optimizer": entries}
@@ -127,6 +138,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="steps that are taken while a checkpoint is being saved")
     parser.add_argument("--folder", type=Path, help="where to write (a temporary folder here by default)")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder or Path.cwd(), prefix="bench-checkpoint-"))
@@ -140,7 +152,10 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, folder: Path) -> None:
-    state = plain(args)
+    model = model_of(args)
+    optimizer = torch.optim.AdamW(model.parameters())
+    step_plain(model, optimizer, args.hidden)
+    state = state_of(model, optimizer)
     nbytes = 12 * args.hidden * args.hidden * args.layers
     size = f"{nbytes / 12e6:.0f}M parameters, {nbytes / 1e9:.2f} GB of weights and moments"
     print(f"{size}; {args.rounds} rounds, medians\n")
@@ -153,14 +168,9 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     peak = 0
     for _ in range(args.rounds):
         note("save: write and fsync of as many bytes", timed(lambda: raw_write(folder / "raw", nbytes)))
+        note("save: direct write of as many bytes", timed(lambda: direct_write(folder / "direct", nbytes)))
         note("save: torch.save", timed(synced(lambda: torch.save(state, folder / "torch.pt"))))
         note("save: DCP", timed(synced(lambda: dcp.save(state, checkpoint_id=folder / "dcp"))))
-        pending: list[Any] = []
-        start = time.perf_counter()
-        pending.append(dcp.async_save(state, checkpoint_id=folder / "dcp-async"))
-        note("stall: DCP async_save", time.perf_counter() - start)
-        pending[0].result()
-        os.sync()
         for tier, kept in ours.items():
             note(f"save: zinf, state on {tier}", timed(partial(save_ours, kept, folder / f"{tier}.ckpt")))
         note("load: torch.load", timed(lambda: torch.load(folder / "torch.pt", weights_only=True)))
@@ -176,8 +186,63 @@ def report(args: argparse.Namespace, folder: Path) -> None:
         median = statistics.median(found)
         print(f"{name:<42}{median:>8.2f}{nbytes / median / 1e9:>8.2f}{median / base:>14.2f}")
     print(f"\nconsolidation used {peak / 2**20:.0f} MiB of anonymous memory at most, budget 256 MiB")
+    report_background(args, folder, model, optimizer, ours)
     for engine, _, _ in ours.values():
         engine.context.close()
+
+
+def report_background(
+    args: argparse.Namespace, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ours: dict[str, Ours]
+) -> None:
+    """Save while training goes on, in turns, and tell what it costs training."""
+
+    def begin_dcp() -> Callable[[], Any]:
+        future: Any = dcp.async_save(state_of(model, optimizer), checkpoint_id=folder / "dcp-async")
+        return lambda: future.result()
+
+    def begin_ours(tier: str) -> Callable[[], Any]:
+        save_ours(ours[tier], folder / f"{tier}.ckpt", background=True)
+        saving = ours[tier][0].saving
+        return lambda: ours[tier][0].saving is not None and saving is not None and saving.wait()
+
+    cases: dict[str, tuple[Callable[[], Callable[[], Any]], Callable[[], None]]] = {
+        "DCP async_save, plain model": (begin_dcp, partial(step_plain, model, optimizer, args.hidden))
+    }
+    for tier, kept in ours.items():
+        cases[f"zinf, state on {tier}"] = (partial(begin_ours, tier), partial(step_ours, kept, args.hidden))
+    found: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in cases}
+    for _ in range(args.rounds):
+        for name, (begin, step) in cases.items():
+            step()
+            alone = statistics.median(timed(step) for _ in range(args.steps))
+            start = time.perf_counter()
+            end = begin()
+            call = time.perf_counter() - start
+            steps = sum(timed(step) for _ in range(args.steps))
+            end()
+            whole = time.perf_counter() - start
+            os.sync()
+            found[name].append((call, steps - args.steps * alone, whole, alone))
+    print(f"\nin the background, while {args.steps} steps are taken:\n")
+    print(f"{'':<32}{'call s':>9}{'x DCP':>8}{'more in the steps s':>21}{'complete after s':>18}{'step alone s':>14}")
+    base = statistics.median(row[0] for row in next(iter(found.values())))
+    for name, rows in found.items():
+        call, more, whole, alone = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(f"{name:<32}{call:>9.3f}{call / base:>8.2f}{more:>21.2f}{whole:>18.2f}{alone:>14.2f}")
+
+
+def direct_write(path: Path, nbytes: int) -> None:
+    """Write past the page cache from four threads' worth of requests, and sync."""
+    block = host_empty(4 * 2**20)
+    block.view(torch.float32).normal_()
+    with File(path, nbytes, unlink=False) as file, IOEngine(threads=4) as engine:
+        tickets = [
+            engine.write(file, at, block) for at in range(0, nbytes // block.numel() * block.numel(), block.numel())
+        ]
+        for ticket in tickets:
+            ticket.wait()
+        file.fsync()
+    path.unlink()
 
 
 def raw_write(path: Path, nbytes: int) -> None:

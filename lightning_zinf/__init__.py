@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_zinf.access import full_state_dict as full_state_dict
     from lightning_zinf.access import gathered as gathered
     from lightning_zinf.checkpoint.pretrained import load_pretrained as load_pretrained
+    from lightning_zinf.config import CheckpointConfig as CheckpointConfig
     from lightning_zinf.config import IOConfig as IOConfig
     from lightning_zinf.config import MemoryConfig as MemoryConfig
     from lightning_zinf.config import OverlapConfig as OverlapConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointConfig",
     "IOConfig",
     "MemoryConfig",
     "OverlapConfig",
@@ -44,6 +46,7 @@ _FACES = ("ZinfEMA", "ZinfMonitor", "ZinfStrategy", "ZinfTimeline")
 _HOMES = {"lightning.pytorch": "lightning_zinf.lightning", "pytorch_lightning": "lightning_zinf.pl"}
 _MODULE_OF = {
     "IOConfig": "lightning_zinf.config",
+    "CheckpointConfig": "lightning_zinf.config",
     "MemoryConfig": "lightning_zinf.config",
     "OverlapConfig": "lightning_zinf.config",
     "full_state_dict": "lightning_zinf.access",

@@ -57,6 +57,16 @@ def looks_at_gradients(package: str, trainer: Any, module: Any) -> bool:
     )
 
 
+def needs_whole_checkpoints(trainer: Any) -> bool:
+    """Whether a checkpoint is used as soon as it has been saved: linked to as the last one, or sent to a logger."""
+    links = any(getattr(callback, "save_last", None) == "link" for callback in trainer.checkpoint_callbacks)
+    sends = any(
+        getattr(logger, "_log_model", None) == "all" or getattr(logger, "_log_model_checkpoints", False)
+        for logger in trainer.loggers
+    )
+    return links or sends
+
+
 def tell_scaler(scaler: Any, optimizer: torch.optim.Optimizer, found_inf: bool) -> None:
     """Tell a GradScaler, whose own look at ``p.grad`` finds nothing, what its ``update`` has to go by."""
     device = scaler._scale.device

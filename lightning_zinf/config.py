@@ -146,6 +146,25 @@ def nvme_paths(
     return tuple(os.fspath(path) for path in several)
 
 
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How sharded checkpoints are saved.
+
+    Args:
+        async_save: Let training go on while a checkpoint that is saved during ``fit`` is being written. It is complete
+            at the latest when the next one is saved, when a checkpoint is loaded, and when ``fit`` ends. What goes
+            wrong is raised by a later step. ``False`` waits for each one.
+        copy_bytes: Host memory in bytes for copies of what training changes before it has been written; beyond that,
+            training waits. ``None`` takes a quarter of the free memory, shared by the processes of a machine.
+    """
+
+    async_save: bool = True
+    copy_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive("checkpoint.copy_bytes", self.copy_bytes)
+
+
 def check_offload(name: str, value: str) -> None:
     """Raise ValueError unless ``value`` is one of the offload targets."""
     choices = ("auto", "none", "cpu", "nvme")

@@ -23,6 +23,7 @@ from lightning_zinf import _compat, ops
 from lightning_zinf import precision as precisions
 from lightning_zinf.checkpoint.full import full_state_dict
 from lightning_zinf.config import (
+    CheckpointConfig,
     IOConfig,
     MemoryConfig,
     Offload,
@@ -96,6 +97,7 @@ class ZinfStrategyBody(CheckpointsPart):
             for the whole model. ``sharded``: a folder that every rank streams its shard to, which loads into any number
             of ranks and which ``zinf consolidate`` turns into one file. ``auto`` takes ``sharded`` where there are
             several ranks or anything rests on NVMe, and ``full`` elsewhere. Either is loaded.
+        checkpoint: How sharded checkpoints are saved.
         debug: Print what moved, and how long the computation waited for it, at the end of every run.
 
     Raises:
@@ -121,6 +123,7 @@ class ZinfStrategyBody(CheckpointsPart):
         timeout: timedelta | None = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         state_dict_type: Literal["auto", "full", "sharded"] = "auto",
+        checkpoint: CheckpointConfig = CheckpointConfig(),  # noqa: B008
         debug: bool = False,
     ) -> None:
         super().__init__(
@@ -140,11 +143,13 @@ class ZinfStrategyBody(CheckpointsPart):
         _check_kind("memory", memory, MemoryConfig)
         _check_kind("overlap", overlap, OverlapConfig)
         _check_kind("io", io, IOConfig)
+        _check_kind("checkpoint", checkpoint, CheckpointConfig)
         if isinstance(units, str) or not all(isinstance(unit, str) for unit in units or ()):
             raise ValueError(f"units must be a list of class names, got {units!r}")
         if state_dict_type not in ("auto", "full", "sharded"):
             raise ValueError(f"state_dict_type must be 'auto', 'full' or 'sharded', got {state_dict_type!r}")
         self.state_dict_type = state_dict_type
+        self.checkpoint = checkpoint
         self.stage = stage
         self.shard_size = shard_size
         self.start_method = start_method
@@ -378,13 +383,24 @@ class ZinfStrategyBody(CheckpointsPart):
                 self._failed = True
                 kind, text = type(exception).__name__, str(exception)[:500]
                 self._engine.rounds.channel.abort(f"rank {self.global_rank} stopped with {kind}: {text}")
+                if self._engine.saving is not None:
+                    self._engine.saving.abandon()  # other ranks may not come any more
 
     def teardown(self) -> None:
         """Finish what is under way.
 
         The module stays partitioned: its weights and its optimizer state stay where they are, so that using and saving
         it after ``fit`` works. The base class would move all of it to the CPU.
+
+        Raises:
+            OSError: On all ranks, if a checkpoint that was being saved in the background cannot be.
         """
+        try:
+            self._end_saving()
+        finally:
+            self._tear_down()
+
+    def _tear_down(self) -> None:
         engine = self._engine
         if engine is not None:
             engine.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_zinf import __version__, _compat
 from lightning_zinf.checkpoint.files import Folder, is_local, local_path
@@ -19,6 +21,7 @@ from lightning_zinf.checkpoint.load import load_optimizer, load_weights
 from lightning_zinf.checkpoint.manifest import MANIFEST
 from lightning_zinf.checkpoint.save import placeholders, save
 from lightning_zinf.checkpoint.source import Checkpoint, ShardedStateDict, is_sharded
+from lightning_zinf.config import CheckpointConfig
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optim.state_dict import optimizer_rest
 from lightning_zinf.strategy_ranks import RanksPart
@@ -28,6 +31,7 @@ class CheckpointsPart(RanksPart):
     """How the strategy saves and loads."""
 
     state_dict_type: str
+    checkpoint: CheckpointConfig
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -70,7 +74,11 @@ class CheckpointsPart(RanksPart):
         return optimizer_rest(binding_of(inner))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Save what Lightning gathered, with the shards of all ranks."""
+        """Save what Lightning gathered, with the shards of all ranks.
+
+        During ``fit`` a sharded checkpoint is being written while training goes on; see ``wait_for_checkpoints``.
+        """
+        self.wait_for_checkpoints()
         if not self.saves_shards:
             aside = self._put_shards_aside(filepath)
             try:
@@ -85,7 +93,50 @@ class CheckpointsPart(RanksPart):
         path = self.broadcast(os.fspath(filepath))  # names may have a metric that differs between ranks
         optimizers = [_compat.unwrapped(o) for o in self.optimizers] if "optimizer_states" in checkpoint else []
         versions = {"lightning-zinf": __version__, "torch": str(torch.__version__)}
-        save(self.engine, checkpoint, path, optimizers, versions, storage_options)
+        save(
+            self.engine,
+            checkpoint,
+            path,
+            optimizers,
+            versions,
+            storage_options,
+            background=self._saves_in_background(path),
+            copy_bytes=self.checkpoint.copy_bytes,
+        )
+
+    def _saves_in_background(self, path: str) -> bool:
+        """Whether nobody needs the checkpoint to be complete when its saving returns."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if not self.checkpoint.async_save or trainer.state.fn != "fit" or trainer.state.status != "running":
+            return False
+        return not (os.path.basename(path).startswith("hpc_ckpt_") or _compat.needs_whole_checkpoints(trainer))
+
+    def wait_for_checkpoints(self) -> None:
+        """Wait until the checkpoint that is being saved, if there is one, is complete.
+
+        With several ranks, all of them must call this.
+
+        Raises:
+            OSError: On all ranks, if it cannot be saved; what was there before stays.
+        """
+        engine = self._engine
+        if engine is not None and engine.saving is not None:
+            engine.saving.wait()
+
+    def _end_saving(self) -> None:
+        """A run ends, well or badly."""
+        engine = self._engine
+        if engine is None or engine.saving is None:
+            return
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.status != "interrupted":
+            engine.saving.wait()
+        else:
+            try:
+                engine.saving.wait()
+            except OSError as error:  # the exception that ended the run is the one to be raised
+                rank_zero_warn(str(error))
 
     def _put_shards_aside(self, path: Any) -> Path | None:
         """Rename a sharded checkpoint that has the name of a whole one.
@@ -101,6 +152,13 @@ class CheckpointsPart(RanksPart):
         return here.rename(here.with_name(f"{here.name}.replaced-{uuid.uuid4().hex[:8]}"))
 
     def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint, once the one that is being saved is complete: there is always one that loads."""
+        engine = self._engine
+        saving = None if engine is None else engine.saving
+        if saving is None or not saving.defer(functools.partial(self._remove, filepath)):
+            self._remove(filepath)
+
+    def _remove(self, filepath: Any) -> None:
         """Remove a checkpoint; of a sharded one the manifest goes first, so that no half of it looks whole."""
         if self.is_global_zero and is_sharded(filepath):
             folder = Folder(filepath)
@@ -111,6 +169,7 @@ class CheckpointsPart(RanksPart):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint of this or another strategy."""
+        self.wait_for_checkpoints()
         try:
             if is_sharded(checkpoint_path):
                 return self._open_sharded(checkpoint_path, weights_only)

@@ -82,6 +82,7 @@ def load_plane(engine: Engine, plane: str, state_dict: Mapping[str, Tensor]) -> 
             shard = buffer.read_plane(plane)
             if shard is None:
                 continue
+            buffer.before_change(plane)
             first, end = buffer.shard_range
             for index, offset, low, numel in buffer.layout.overlaps(first, end):
                 name = buffer.names[index]

@@ -6,34 +6,42 @@ Files get new names each time, so whatever a folder had before stays as it is. T
 of what they wrote, or what went wrong. Only if all is well, and on disk, the manifest takes the place of an older one,
 in one step; then the older files go. So at every instant the folder has the old checkpoint, or the new one, or none; a
 folder without a manifest is not a checkpoint.
+
+What is saved is the state as it is when ``save`` is called. Planes are read later, by other threads, while training
+goes on (``engine/snapshot.py``, ``stream.py``, ``saving.py``); everything else is serialized at once. Saving in the
+foreground is the same, and waits for the end.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_zinf.checkpoint.files import NAMES, Folder, Writer, header, raw_bytes, write_safetensors
+from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header, write_safetensors
 from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Param
+from lightning_zinf.checkpoint.saving import BackgroundSaving, Plan
+from lightning_zinf.checkpoint.stream import Destination, destination, places, write_shard
+from lightning_zinf.config import IOConfig
+from lightning_zinf.engine.snapshot import Snapshot
+from lightning_zinf.memory.machine import free_host_bytes
 from lightning_zinf.memory.state import LOW_PLANES, plane_dtype
+from lightning_zinf.monitor.counters import Counters
 from lightning_zinf.optim.state_dict import owned_params
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
     from lightning_zinf.engine.engine import Engine
-
-CHUNK = 1 << 20
-"""Elements of a plane that are in memory at a time, beside those that are being read."""
-
 
 _OURS = re.compile(r"(shard-[0-9a-f]{12}-\d+-of-\d+|module-[0-9a-f]{12})\.safetensors|trainer-[0-9a-f]{12}\.pt")
 """Names that only a save gives: what one that was killed left behind. Other files in the folder are not ours."""
@@ -79,8 +87,13 @@ def save(
     optimizers: Sequence[torch.optim.Optimizer],
     versions: dict[str, str],
     storage_options: Mapping[str, Any] | None = None,
+    *,
+    background: bool = False,
+    copy_bytes: int | None = None,
 ) -> None:
     """Save a checkpoint; with several ranks, all of them call this with the same path.
+
+    One that is still being saved is waited for first.
 
     Args:
         engine: The model's engine.
@@ -89,68 +102,153 @@ def save(
         optimizers: Those whose planes are kept; none for weights alone.
         versions: Versions of what saves.
         storage_options: Options for the file system.
+        background: Return while files are being written. ``engine.saving`` is what goes on.
+        copy_bytes: Host memory for copies of what training changes before it has been written, in bytes. By default
+            a quarter of what is free, shared with the other ranks of this machine.
 
     Raises:
-        OSError: If a rank could not write, on all ranks; what was there before stays.
+        OSError: If a rank could not write, on all ranks; what was there before stays. In the background, that is raised
+            by a later step, or by ``engine.saving.wait()``.
     """
-    engine.flush()
-    comm = engine.context.comm
-    rank = 0 if comm is None else comm.ranks.rank
-    shards = engine.context.shards
-    names = Names(_agreed_token(engine), shards)
+    if engine.saving is not None:
+        engine.saving.wait()
     folder = Folder(path, storage_options)
-    buffers = _describe(engine, set(checkpoint["state_dict"]), with_state=bool(optimizers))
-    written: list[FileInfo] = []
-    error = file = ""
+    if folder.local:
+        engine.release_host()
+    else:
+        engine.flush()  # files elsewhere are written from their beginning, so all of it has to be there
+    plan, at_once = _prepare(engine, checkpoint, folder, optimizers, versions, copy_bytes)
+    saving = BackgroundSaving(engine, plan)
+    if at_once or not background:
+        saving.wait()
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a checkpoint has beside the planes."""
+
+    names: Names
+    buffers: tuple[Buffer, ...]
+    keys: tuple[str, ...]
+    optimizers: tuple[tuple[str, ...], ...]
+    versions: dict[str, str]
+    module: dict[str, Tensor]
+    trainer: memoryview
+    aside: str
+
+    def manifest(self, files: Sequence[FileInfo]) -> Manifest:
+        names = self.names
+        shards = tuple(names.shard(i) for i in range(names.shards))
+        rest = (self.keys, self.optimizers, self.versions, tuple(files))
+        return Manifest(shards, names.module, names.trainer, self.buffers, *rest)
+
+
+def _prepare(
+    engine: Engine,
+    checkpoint: Mapping[str, Any],
+    folder: Folder,
+    optimizers: Sequence[torch.optim.Optimizer],
+    versions: dict[str, str],
+    copy_bytes: int | None,
+) -> tuple[Plan, bool]:
+    """Take the snapshot, and serialize what is small; return whether to wait until all is written, too.
+
+    Raises:
+        OSError: On all ranks, if rank 0 cannot make the folder.
+    """
+    comm, shards = engine.context.comm, engine.context.shards
+    rank = 0 if comm is None else comm.ranks.rank
+    token, aside, trainer = uuid.uuid4().hex[:12], "", memoryview(b"")
     own: Exception | None = None
     if rank == 0:
         try:
-            file = folder.put_aside(names.token)
+            trainer = _serialized(checkpoint)
+            aside = folder.put_aside(token)
             folder.make()
-        except OSError as problem:
-            error = f"rank 0: {problem}"
-    if told := _exchange(engine, json.dumps(error))[0]:
-        _undo(folder, [], file)
-        raise OSError(f"{folder.url} was not saved: {told}")
-    try:
-        if rank < shards:  # the other ranks have copies of the same
-            folder.make()
-            written.append(_write_shard(folder, names.shard(rank), engine, buffers))
-        if rank == 0:
-            written.extend(_write_rest(folder, names, engine, checkpoint))
-    except Exception as problem:  # also what cannot be pickled: the other ranks have to know
-        error, own = f"rank {rank}: {problem}", problem
-    answers = _exchange(engine, json.dumps([error, [asdict(info) for info in written]]))
-    errors = [said for said, _ in answers if said]
-    if not errors and rank == 0:
-        files = tuple(FileInfo(f["path"], f["nbytes"], tuple(f["crc32"])) for _, infos in answers for f in infos)
-        manifest = Manifest(
-            tuple(names.shard(i) for i in range(shards)),
-            names.module,
-            names.trainer,
-            tuple(b for _, b in buffers),
-            tuple(checkpoint["state_dict"]),
-            _optimizer_names(engine, optimizers, {p.names[0]: p for _, b in buffers for p in b.params}),
-            versions,
-            files,
-        )
-        before = _files_of(folder)
-        try:
-            folder.sync()
-            folder.replace(MANIFEST, manifest.to_json().encode())
-        except OSError as problem:
-            errors.append(f"rank 0: {problem}")
-    outcome = _exchange(engine, json.dumps(errors))
-    if any(outcome):
-        _undo(folder, written, file)
+        except Exception as problem:  # also what cannot be pickled: the other ranks have to know
+            own = problem
+    mine = [token, "" if own is None else f"rank 0: {own}", bool(aside)]
+    token, error, replaces = _exchange(engine, json.dumps(mine))[0]
+    if error:
+        if aside:
+            folder.put_back(aside)
         if own is not None and not isinstance(own, OSError):
             raise own
-        raise OSError(f"{folder.url} was not saved: {'; '.join(said for errors in outcome for said in errors)}")
-    if rank == 0:
-        if file:
-            os.unlink(file)
-        stale = before | {name for name in folder.names() if _OURS.fullmatch(name)}
-        folder.remove(sorted(stale - {info.path for info in files}))
+        raise OSError(f"{folder.url} was not saved: {error}") from own
+    buffers = _describe(engine, set(checkpoint["state_dict"]), with_state=bool(optimizers))
+    contents = _Contents(
+        Names(token, shards),
+        tuple(b for _, b in buffers),
+        tuple(checkpoint["state_dict"]),
+        _optimizer_names(engine, optimizers, {p.names[0]: p for _, b in buffers for p in b.params}),
+        versions,
+        {} if rank else _others(checkpoint),
+        trainer,
+        aside,
+    )
+    if copy_bytes is None:
+        copy_bytes = free_host_bytes() // (4 * (1 if comm is None else comm.ranks.local_size))
+    return _plan(engine, folder, rank, contents, buffers, copy_bytes), replaces
+
+
+def _plan(
+    engine: Engine,
+    folder: Folder,
+    rank: int,
+    contents: _Contents,
+    buffers: Sequence[tuple[FlatBuffer, Buffer]],
+    copy_bytes: int,
+) -> Plan:
+    shards, names, io_config = engine.context.shards, contents.names, engine.config.io
+    kept = buffers if rank < shards else ()  # the other ranks have copies of the same
+    head, sizes = _layout([b for _, b in kept], shards)
+    where, nbytes = places(head, sizes)
+    pairs = [(buffer, own) for (buffer, _), own in zip(kept, where, strict=True)]
+    snapshot = Snapshot(pairs, copy_bytes, in_order=not folder.local)
+    nvme = engine.context.nvme if engine.context.has_nvme else None
+
+    def write() -> tuple[list[FileInfo], Counters]:
+        written: list[FileInfo] = []
+        moved = Counters()
+        try:
+            if rank < shards:
+                folder.make()
+                begin = functools.partial(_begin, folder, names.shard(rank), io_config)
+                info, moved = write_shard(snapshot, head, nbytes, begin, nvme)
+                written.append(info)
+            if rank == 0:
+                written.append(write_safetensors(folder, names.module, contents.module))
+                written.append(_write_bytes(folder, names.trainer, contents.trainer))
+        except BaseException:
+            folder.remove([info.path for info in written])
+            raise
+        return written, moved
+
+    def commit(files: Sequence[FileInfo]) -> None:
+        before = _files_of(folder)
+        folder.sync()
+        folder.replace(MANIFEST, contents.manifest(files).to_json().encode())
+        try:
+            if contents.aside:
+                os.unlink(contents.aside)
+            stale = before | {name for name in folder.names() if _OURS.fullmatch(name)}
+            folder.remove(sorted(stale - {info.path for info in files}))
+        except OSError as problem:
+            warnings.warn(f"{folder.url} was saved, but what it replaces is still there: {problem}", stacklevel=1)
+
+    def undo(written: Sequence[FileInfo]) -> None:
+        if names.trainer not in _files_of(folder):  # else it is committed, and what failed came after that
+            folder.remove([info.path for info in written])
+
+    def restore() -> None:
+        if contents.aside:
+            folder.put_back(contents.aside)
+
+    return Plan(folder, snapshot, write, commit, undo, restore)
+
+
+def _begin(folder: Folder, name: str, io_config: IOConfig, nbytes: int) -> Destination:
+    return destination(folder, name, nbytes, io_config)
 
 
 def _files_of(folder: Folder) -> set[str]:
@@ -161,22 +259,11 @@ def _files_of(folder: Folder) -> set[str]:
         return set()
 
 
-def _undo(folder: Folder, written: Sequence[FileInfo], file: str) -> None:
-    folder.remove([info.path for info in written])
-    if file:
-        folder.put_back(file)
-
-
-def _agreed_token(engine: Engine) -> str:
-    mine = uuid.uuid4().hex[:12]
-    return mine if engine.rounds is None else engine.rounds.meet("saving a checkpoint", mine.encode())[0].decode()
-
-
 def _exchange(engine: Engine, told: str) -> list[Any]:
     """Return what every rank tells, from JSON."""
     if engine.rounds is None:
         return [json.loads(told)]
-    return [json.loads(a) for a in engine.rounds.meet("the end of saving a checkpoint", told.encode())]
+    return [json.loads(a) for a in engine.rounds.meet("saving a checkpoint", told.encode())]
 
 
 def _describe(engine: Engine, kept: set[str], *, with_state: bool) -> list[tuple[FlatBuffer, Buffer]]:
@@ -205,47 +292,33 @@ def _planes(buffer: FlatBuffer, with_state: bool) -> list[str]:
     return [p for p in buffer.state.planes if with_state or p in (*LOW_PLANES, "ema")]
 
 
-def _write_shard(folder: Folder, name: str, engine: Engine, buffers: Sequence[tuple[FlatBuffer, Buffer]]) -> FileInfo:
+def _layout(buffers: Sequence[Buffer], shards: int) -> tuple[bytes, list[dict[str, int]]]:
+    """Return the header of a shard file, and the bytes of each plane of each buffer in it."""
+    tensors = {f"{b.name}/{p}": (dtype, (b.numel // shards,)) for b in buffers for p, dtype in b.planes.items()}
+    sizes = [{p: DTYPES[d].itemsize * (b.numel // shards) for p, d in b.planes.items()} for b in buffers]
+    return header(tensors), sizes
+
+
+def _others(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return copies of the tensors that are in no buffer."""
+    found = {n: v for n, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and not v.is_meta}
+    return {n: v.detach().cpu().clone() for n, v in found.items()}
+
+
+def _serialized(checkpoint: Mapping[str, Any]) -> memoryview:
+    content = io.BytesIO()
+    torch.save({key: value for key, value in checkpoint.items() if key != "state_dict"}, content)
+    return content.getbuffer()
+
+
+def _write_bytes(folder: Folder, name: str, content: memoryview) -> FileInfo:
     writer = Writer(folder, name)
     try:
-        shards = engine.context.shards
-        tensors = {
-            f"{described.name}/{plane}": (dtype, (described.numel // shards,))
-            for _, described in buffers
-            for plane, dtype in described.planes.items()
-        }
-        writer.write(header(tensors))
-        for buffer, described in buffers:
-            for plane in described.planes:
-                for chunk in _chunks(buffer, plane):
-                    writer.write(raw_bytes(chunk))
+        writer.write(content)
         return writer.finish()
     except BaseException:
         writer.abandon()
         raise
-
-
-def _chunks(buffer: FlatBuffer, plane: str) -> Iterator[Tensor]:
-    if plane == "weight":
-        yield from buffer.weights.shard_chunks(CHUNK)
-    else:
-        assert buffer.state is not None, buffer
-        yield from buffer.state.chunks(plane, CHUNK)
-
-
-def _write_rest(folder: Folder, names: Names, engine: Engine, checkpoint: Mapping[str, Any]) -> list[FileInfo]:
-    module = {n: v for n, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and not v.is_meta}
-    content = io.BytesIO()
-    torch.save({key: value for key, value in checkpoint.items() if key != "state_dict"}, content)
-    infos = [write_safetensors(folder, names.module, module)]
-    writer = Writer(folder, names.trainer)
-    try:
-        writer.write(content.getbuffer())
-        infos.append(writer.finish())
-    except BaseException:
-        writer.abandon()
-        raise
-    return infos
 
 
 def _optimizer_names(

@@ -36,6 +36,7 @@ from lightning_zinf.ops import join_master, split_master
 if TYPE_CHECKING:
     from lightning_zinf.engine.context import EngineContext
     from lightning_zinf.engine.residence import Weights
+    from lightning_zinf.engine.snapshot import Held
     from lightning_zinf.optim.elementwise import ParamState
     from lightning_zinf.optim.update import Update
 
@@ -90,6 +91,7 @@ class FlatBuffer:
         self.bound: Literal["new", "none", "compute", "master"] = "new"
         self.gradients: Gradients = WholeGradients(self) if context.comm is None else ShardedGradients(self)
         self.gathered_low: Tensor | None = None
+        self.held: Held | None = None
         self._master: Tensor | None = None
         self._opened_low: Tensor | None = None
         self._opened_checksum = 0
@@ -215,6 +217,8 @@ class FlatBuffer:
             self.weights.finish()
         while self.pending:
             assert self.state is not None, self
+            if self.held is not None:
+                self.held.before_update()
             try:
                 with self.context.counters.timed("update_seconds", self.name):
                     self.pending[0].apply(self.weights.host(), self.state)
@@ -223,8 +227,17 @@ class FlatBuffer:
                     self.weights.publish(updated=True)
                 raise
             self.pending.pop(0)
+            if self.held is not None:
+                self.held.updated()
             self.touched()
         self.weights.publish(updated=updated)
+        if self.held is not None:
+            self.held.settled()
+
+    def before_change(self, plane: str | None = None) -> None:
+        """Let a checkpoint that is being saved have a plane, or all of them, as they are before a change."""
+        if self.held is not None:
+            self.held.before_change(plane)
 
     def touched(self) -> None:
         """Note that the weights changed: saved tensors of an older graph are no longer what they were."""
@@ -276,6 +289,8 @@ class FlatBuffer:
     def open_master(self) -> None:
         """Let the parameters view the master; the weights must be loaded, and the residual gathered."""
         if not self.split or self.view_dtype == self.compute_dtype:
+            for ticket in self.weights.under_way() if self.held is not None else ():
+                ticket.wait()  # what is being written for a checkpoint to read is the memory that may change now
             self.bind()
             self._opened_checksum = self._checksum(self.weights.flat())
             return
@@ -291,6 +306,7 @@ class FlatBuffer:
         flat = self.weights.flat() if self._master is None else self._master
         self._absorb(flat)
         if self._master is None:
+            self.before_change("weight")
             self.weights.store()
             checksum = self._checksum(flat)
             if checksum != self._opened_checksum:
@@ -345,6 +361,7 @@ class FlatBuffer:
                     f"parameter {name!r} was given data of shape {tuple(param.shape)}, but it has shape "
                     f"{tuple(view.shape)}: change the model before the strategy sets it up"
                 )
+            self.before_change("weight")
             with torch.no_grad():
                 view.copy_(param.detach())
             param.data = view
@@ -381,6 +398,7 @@ class FlatBuffer:
         Each rank keeps its own shard of it: all must have been given the same.
         """
         self.version += 1
+        self.before_change()
         flat = self.weights.flat()
         start, stop = self.shard_range
         if self.low_plane == "master":

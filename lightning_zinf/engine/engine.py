@@ -43,6 +43,7 @@ from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.net import SavedTensorNet
 from lightning_zinf.engine.pager import Pager
 from lightning_zinf.engine.reduction import Reducer
+from lightning_zinf.engine.snapshot import Saving
 from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.activations import ActivationStore
 from lightning_zinf.memory.placement import Placement
@@ -137,6 +138,7 @@ class Engine:
         if context.comm is not None:
             self.rounds = self.pager.rounds = Rounds(context.comm.ranks.channel, self.pager.collect)
             self.reducer = Reducer(units, context, self.rounds, reduce_bytes)
+        self.saving: Saving | None = None
         self._running = True
         self._needs: dict[nn.Module, list[Unit]] = {}
         self.placement: Placement
@@ -464,7 +466,12 @@ class Engine:
         """Weights are about to be updated: wait until no rank needs the old ones any more.
 
         Else a rank that is a little behind would gather a mixture of both.
+
+        Raises:
+            OSError: On all ranks, if a checkpoint that is being saved in the background cannot be.
         """
+        if self.saving is not None:
+            self.saving.settle()  # units that no forward has used since
         self.meet(place)
 
     def sum_over_shards(self, value: float, place: str) -> float:
@@ -487,7 +494,9 @@ class Engine:
 
     def meet(self, place: str) -> None:
         """Wait for the other ranks to come to ``place`` too, and serve them until then. Call it before a collective."""
-        if self.rounds is not None:
+        if self.saving is not None:
+            self.saving.poll(place)
+        elif self.rounds is not None:
             self.rounds.meet(place)
 
     def _finish_reduction(self, place: str) -> None:
@@ -587,6 +596,8 @@ class Engine:
 
         Optimizer state is lost. The model must fit into the accelerator's memory.
         """
+        if self.saving is not None:
+            self.saving.wait()
         self.pager.flush()
         self.meet("dissolving the model")
         for handle in self._handles:

@@ -406,15 +406,19 @@ class Pager:
         self.flush_host()
         for unit in self.units:
             if any(b.pending for b in unit.buffers):
-                if self.rounds is not None:
-                    self._settle(unit)
-                    continue
-                with self.loaded(unit):
-                    pass
+                self.catch_up(unit)
             else:
                 self._take_in(unit)
         self.has_pending = False
         self.context.drain()
+
+    def catch_up(self, unit: Unit) -> None:
+        """Apply the pending updates of a unit; this is each rank's own business."""
+        if self.rounds is not None:
+            self._settle(unit)
+            return
+        with self.loaded(unit):
+            pass
 
     def forget_gathered(self) -> None:
         """Have weights that slots still hold gathered again before they are used."""

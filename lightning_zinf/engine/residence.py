@@ -16,17 +16,15 @@ Two classes, one for each kind of machine:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lightning_zinf.memory.nvme import Extent
+from lightning_zinf.memory.pieces import Piece, cut_extent, cut_memory
 from lightning_zinf.memory.slots import Slot, Ticket
-from lightning_zinf.memory.state import ahead
 from lightning_zinf.monitor.counters import Counters
-from lightning_zinf.ops import host_empty
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -53,6 +51,7 @@ class _Weights:
         self._buffer = buffer
         self._context = buffer.context
         self._tickets: list[Ticket] = []
+        self._written: Ticket | None = None
         self._gathering: Any = None
 
     def flat(self) -> Tensor:
@@ -69,24 +68,18 @@ class _Weights:
         """Return the shard where it rests in memory, or None if it rests on NVMe."""
         raise NotImplementedError
 
-    def shard_chunks(self, numel: int) -> Iterator[Tensor]:
-        """Yield this rank's shard in pieces of at most ``numel`` elements, in host memory.
-
-        Updates must have been applied and writes be done. ``numel`` is a multiple of 4096.
-        """
+    def pieces(self) -> Iterable[Piece]:
+        """Return where this rank's shard lies; updates must have been applied."""
         self.finish()
-        shard, dtype, end = self.resting(), self._buffer.compute_dtype, self._buffer.shard_numel
-        if shard is not None:
-            yield from (shard[start : start + numel].cpu() for start in range(0, end, numel))
-            return
+        resting = self.resting()
+        if resting is not None:
+            return cut_memory("weight", resting)
         assert self.extent is not None, self._buffer
-        nvme, extent = self._context.nvme, self.extent
+        return cut_extent("weight", self.extent, self._buffer.shard_numel, self._buffer.compute_dtype)
 
-        def read(start: int) -> tuple[Tensor, Ticket]:
-            memory = host_empty(min(numel, end - start) * dtype.itemsize).view(dtype)
-            return memory, nvme.read(extent, memory, start * dtype.itemsize)
-
-        yield from ahead([functools.partial(read, start) for start in range(0, end, numel)])
+    def under_way(self) -> list[Ticket]:
+        """Return the writes that whoever reads pieces has to wait for."""
+        return [] if self._written is None else [self._written]
 
     def gather(self) -> None:
         """Start to fill the slot from the shards of all ranks, which must all do so."""
@@ -181,7 +174,8 @@ class AliasedWeights(_Weights):
         if self.extent is not None:
             assert self.slot is not None
             self.slot.wait_writes(self._context.counters)
-            self.slot.writes.append(self._context.nvme.write(self.extent, self.part()))
+            self._written = self._context.nvme.write(self.extent, self.part())
+            self.slot.writes.append(self._written)
 
     def leave(self) -> None:
         """Give the slot back, unless it is theirs for good."""
@@ -330,7 +324,8 @@ class DeviceWeights(_Weights):
     def _write_home(self) -> None:
         if self.extent is not None and self._staged is not None:
             self._staged.wait_writes(self._context.counters)
-            self._staged.writes.append(self._context.nvme.write(self.extent, self.host()))
+            self._written = self._context.nvme.write(self.extent, self.host())
+            self._staged.writes.append(self._written)
 
 
 Weights = AliasedWeights | DeviceWeights

@@ -182,11 +182,12 @@ class NvmeStore:
         self.allocated_bytes += nbytes
         return extent
 
-    def read(self, extent: Extent, tensor: Tensor, offset: int = 0) -> Ticket:
-        """Start to fill ``tensor`` from ``offset`` bytes into ``extent``."""
+    def read(self, extent: Extent, tensor: Tensor, offset: int = 0, counters: Counters | None = None) -> Ticket:
+        """Start to fill ``tensor`` from ``offset`` bytes into ``extent``; other threads count for themselves."""
         self._check(extent, tensor, offset)
-        self._counters.nvme_read_bytes += tensor.nbytes
-        trace = self._counters.trace
+        counters = counters or self._counters
+        counters.nvme_read_bytes += tensor.nbytes
+        trace = counters.trace
         submit = functools.partial(self._submit, "read", extent, tensor, offset)
         return submit() if trace is None else trace.request("nvme_read", extent.name, tensor.nbytes, submit)
 

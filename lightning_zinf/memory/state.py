@@ -10,9 +10,7 @@ is what a preallocated file reads as, so nothing is written for them at the star
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,10 +19,10 @@ from torch import Tensor
 
 from lightning_zinf.layout import tile_ranges
 from lightning_zinf.memory.nvme import Extent, NvmeStore
+from lightning_zinf.memory.pieces import Piece, cut_memory
 from lightning_zinf.memory.slots import Ticket, wait_all
 from lightning_zinf.memory.tiles import Tile, TileRing
 from lightning_zinf.monitor.counters import Counters
-from lightning_zinf.ops import host_empty
 
 LOW_PLANES = ("residual", "master")
 """Planes that make masters of the weights: the low halves of bfloat16 ones, all of float16 ones."""
@@ -106,10 +104,13 @@ class ResidentState:
         """Return a plane: the thing itself, not a copy."""
         return self._planes[plane]
 
-    def chunks(self, plane: str, numel: int) -> Iterator[Tensor]:
-        """Yield a plane in pieces of at most ``numel`` elements, in host memory; they are to be read at once."""
-        for start in range(0, self.numel, numel):
-            yield self._planes[plane][start : start + numel].cpu()
+    def pieces(self, plane: str) -> Iterable[Piece]:
+        """Return where a plane lies."""
+        return cut_memory(plane, self._planes[plane])
+
+    def under_way(self) -> list[Ticket]:
+        """Return the writes that whoever reads pieces has to wait for: none."""
+        return []
 
     def write(self, plane: str, value: Tensor) -> None:
         """Replace the content of a plane."""
@@ -234,16 +235,16 @@ class NvmeState:
             wait_all(tickets)
         return whole
 
-    def chunks(self, plane: str, numel: int) -> Iterator[Tensor]:
-        """Yield a plane tile by tile, whatever ``numel`` is; the next tile is being read meanwhile."""
-        with self._pieces(plane, torch.empty(0, dtype=plane_dtype(plane))) as pieces:
-            sizes = [stop - start for start, stop in self._ranges]
-            yield from ahead(
-                [
-                    functools.partial(_read_piece, self._store, self._extent, plane_dtype(plane), size, offset)
-                    for size, (_, offset) in zip(sizes, pieces, strict=True)
-                ]
-            )
+    def pieces(self, plane: str) -> Iterable[Piece]:
+        """Return where a plane lies, tile by tile."""
+        before, dtype = bytes_per_element(self.planes[: self.planes.index(plane)]), plane_dtype(plane)
+        for start, stop in self._ranges:
+            offset = start * self._width + (stop - start) * before
+            yield Piece(plane, start, stop - start, dtype, extent=self._extent, offset=offset)
+
+    def under_way(self) -> list[Ticket]:
+        """Return the writes that whoever reads pieces has to wait for."""
+        return self._ring.writes_of(self)
 
     def write(self, plane: str, value: Tensor) -> None:
         """Replace the content of a whole plane."""
@@ -251,31 +252,6 @@ class NvmeState:
             tickets = [self._store.write(self._extent, piece, offset) for piece, offset in pieces]
         with self._counters.timed("stall_write_seconds"):
             wait_all(tickets)
-
-
-def _read_piece(store: NvmeStore, extent: Extent, dtype: torch.dtype, numel: int, offset: int) -> tuple[Tensor, Ticket]:
-    memory = host_empty(numel * dtype.itemsize).view(dtype)
-    return memory, store.read(extent, memory, offset)
-
-
-def ahead(reads: Sequence[Callable[[], tuple[Tensor, Ticket]]]) -> Iterator[Tensor]:
-    """Start reads one ahead of the other, and yield what they bring."""
-    under_way: list[tuple[Tensor, Ticket]] = []
-    try:
-        for start in reads:
-            under_way.append(start())
-            if len(under_way) > 1:
-                memory, ticket = under_way.pop(0)
-                ticket.wait()
-                yield memory
-        while under_way:
-            memory, ticket = under_way.pop(0)
-            ticket.wait()
-            yield memory
-    finally:
-        for _, ticket in under_way:
-            with contextlib.suppress(OSError):
-                ticket.wait()
 
 
 State = ResidentState | NvmeState

@@ -125,6 +125,10 @@ class TileRing:
         tile.ticket = ticket
         self._writing.append(tile)
 
+    def writes_of(self, state: NvmeState) -> list[Ticket]:
+        """Return the writes of a state's tiles that may be under way."""
+        return [t.ticket for t in self._writing if t.ticket is not None and t.key is not None and t.key[0] == id(state)]
+
     def drop(self, tile: Tile) -> None:
         """Give a tile back whose content is not wanted."""
         ticket, tile.ticket = tile.ticket, None

@@ -164,6 +164,7 @@ class ElementwiseUpdate(Update):
         clip_value: Largest absolute value of a gradient after scaling, or None.
     """
 
+    changes_rest = True
     rule: ElementwiseRule
     states: list[ParamState | None]
     targets: list[_Target]

@@ -43,6 +43,8 @@ def optimizer_state_dict(binding: OptimizerBinding) -> dict[str, Any]:
 
 def optimizer_rest(binding: OptimizerBinding) -> dict[str, Any]:
     """Return an optimizer's state in torch.optim's layout without the tensors of a parameter's shape."""
+    if any(update.changes_rest for buffer in binding.buffers() for update in buffer.pending):
+        binding.engine.flush()
     params = owned_params(binding.optimizer)
     number = {id(p): i for i, p in enumerate(params)}
     state = {
@@ -107,6 +109,7 @@ def _load_buffer(
     indices = [j for j, p in enumerate(buffer.params) if id(p) in states]
     names = sorted({name for j in indices for name in binding.rule.planes(groups[id(buffer.params[j])])})
     buffer.need_planes(tuple(names))
+    buffer.before_change()
     planes = {name: _read(buffer, name) for name in names}
     first, end = buffer.shard_range
     parts = {index: (offset, low, numel) for index, offset, low, numel in buffer.layout.overlaps(first, end)}

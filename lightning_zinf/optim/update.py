@@ -37,8 +37,10 @@ class Update(ABC):
             goes on from there when it is tried again.
         average: Weight of the old average in the running average of the masters that this step brings up to date, or
             None if it does not.
+        changes_rest: Whether applying it changes state that is no plane (others change that when they are captured).
     """
 
+    changes_rest = False
     done: int = 0
     average: float | None = None
 

@@ -44,26 +44,26 @@ def average(rank: int, size: int, folder: Path, path: Any, epochs: int) -> dict[
 
 def fail_on_one_rank(rank: int, size: int, folder: Path) -> tuple[str, list[str], dict[str, Tensor]]:
     """Save twice; the second time a disk is full on rank 1."""
-    from lightning_zinf.checkpoint import files
+    from lightning_zinf.checkpoint import stream
 
     model, running = fit(folder, "nvme", 1, size)
     running.save_checkpoint(folder / "a.ckpt")
     before = sorted(p.name for p in (folder / "a.ckpt").iterdir())
-    write = files.Writer.write
+    put = stream.LocalFile.put
 
-    def full(self: Any, content: Any) -> None:
+    def full(self: Any, at: int, content: Tensor) -> None:
         if rank == 1:
             raise OSError(28, "No space left on device")
-        write(self, content)
+        put(self, at, content)
 
-    files.Writer.write = full  # type: ignore[method-assign]
+    stream.LocalFile.put = full  # type: ignore[method-assign]
     said = ""
     try:
         running.save_checkpoint(folder / "a.ckpt")
     except OSError as error:
         said = str(error)
     finally:
-        files.Writer.write = write  # type: ignore[method-assign]
+        stream.LocalFile.put = put  # type: ignore[method-assign]
     torch.distributed.barrier()
     after = sorted(p.name for p in (folder / "a.ckpt").iterdir())
     running.save_checkpoint(folder / "b.ckpt")  # nothing is broken
