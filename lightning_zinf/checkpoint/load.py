@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError
 from lightning_zinf.checkpoint.source import Checkpoint, ShardedStateDict
@@ -89,7 +89,9 @@ def load_weights(engine: Engine, state: ShardedStateDict, strict: bool = True) -
     # All ranks update the same buffers, also those of which one has nothing but padding.
     found = [b for u in engine.units for b in u.buffers if any(n in state and n in source.locations for n in b.names)]
     _apply(engine, [(b, Load(moves[id(b)], put)) for b in found])
-    others = {n: state[n] for n in state if n in expected and n not in source.locations}
+    # A buffer of the checkpoint may be something here that the engine does not keep: others draw the line elsewhere.
+    kept = {n for n in source.locations if isinstance(p := expected.get(n), nn.Parameter) and engine.unit_of(p)}
+    others = {n: state[n] for n in state if n in expected and n not in kept}
     others.update({n: v for n, v in state.changed().items() if n in expected})
     engine.root.load_state_dict(others, strict=False)
     engine.flush()
