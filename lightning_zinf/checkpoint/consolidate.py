@@ -5,6 +5,8 @@ Note [Streaming a .ckpt]
 ``torch.save`` wants its tensors in memory. Under ``torch.serialization.skip_data`` it reserves room for their bytes
 instead of writing them, so it is given tensors whose memory is never touched. Then the file is mapped, shared and
 writable, and filled piece by piece: what is in memory is the page cache's, which the system writes out and drops.
+A .ckpt is a zip archive. torch leaves out the checksums of what it did not see, so they are computed while bytes are
+copied, and written at the end: torch does not look at them, but ``unzip -t`` does.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import contextlib
 import json
 import mmap
 import os
+import struct
 import uuid
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,18 +102,16 @@ def to_ckpt(
             torch.save(content, temporary)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(temporary, mmap=True, weights_only=not trust_pickle, map_location="cpu")
-        filled: set[int] = set()
+        filled: dict[int, tuple[int, int]] = {}
         _fill(content, mapped, filled, _filler(source, pieces, chunk_bytes, progress))
-        records = torch._C.PyTorchFileReader(str(temporary)).get_all_records()
-        stored = sum("/data/" in f"/{r}" and not r.endswith("/") for r in records)
-        if stored != len(filled):
+        records = _records(temporary)
+        if len(records) != len(filled):
             raise CheckpointError(
-                f"{source.url} has {stored - len(filled)} tensors inside of objects that are no dicts or lists, which "
-                "cannot be streamed: use --weights-only"
+                f"{source.url} has {len(records) - len(filled)} tensors inside of objects that are no dicts or lists, "
+                "which cannot be streamed: use --weights-only"
             )
         del mapped
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _write_checksums(temporary, records, list(filled.values()))
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -155,33 +158,79 @@ def _check_average(source: Checkpoint, average: bool) -> None:
 
 def _filler(
     source: Checkpoint, pieces: Mapping[int, Piece], chunk_bytes: int, progress: Progress
-) -> Callable[[Tensor, Tensor], None]:
-    def fill(given: Tensor, room: Tensor) -> None:
+) -> Callable[[Tensor, Tensor], int]:
+    def fill(given: Tensor, room: Tensor) -> int:
         piece = pieces.get(id(given))
-        if piece is None:
-            room.copy_(given)
-            return
-        flat = room.view(-1)
+        if piece is None:  # others may see other parts of the same storage
+            room.untyped_storage().copy_(given.untyped_storage())
+            return zlib.crc32(raw_bytes(torch.empty(0, dtype=torch.uint8).set_(room.untyped_storage())))
+        flat, crc = room.view(-1), 0
         for start, values in piece.chunks(source, max(1, chunk_bytes // 4)):
             flat[start : start + values.numel()] = values
+            crc = zlib.crc32(raw_bytes(values), crc)
             progress(values.nbytes)
+        return crc
 
     return fill
 
 
-def _fill(given: Any, room: Any, filled: set[int], fill: Callable[[Tensor, Tensor], None]) -> None:
-    """Walk through two equal structures and fill the tensors of one from the other, each storage once."""
+def _fill(given: Any, room: Any, filled: dict[int, tuple[int, int]], fill: Callable[[Tensor, Tensor], int]) -> None:
+    """Walk through two equal structures and fill the tensors of one from the other, each storage once.
+
+    ``filled`` gets the address and the checksum of each storage of ``room``, by the storage of ``given``.
+    """
     if isinstance(given, Tensor):
         key = given.untyped_storage()._cdata
         if key not in filled:
-            filled.add(key)
-            fill(given, room)
+            filled[key] = (0, 0)
+            filled[key] = (room.untyped_storage().data_ptr(), fill(given, room))
     elif isinstance(given, Mapping):
         for name, value in given.items():
             _fill(value, room[name], filled, fill)
     elif isinstance(given, (list, tuple)):
         for value, other in zip(given, room, strict=True):
             _fill(value, other, filled, fill)
+
+
+def _records(path: Path) -> list[zipfile.ZipInfo]:
+    """Return the records that have tensors."""
+    with zipfile.ZipFile(path) as archive:
+        return [info for info in archive.infolist() if "/data/" in info.filename]
+
+
+def _write_checksums(path: Path, records: list[zipfile.ZipInfo], filled: list[tuple[int, int]]) -> None:
+    """Write the checksums of records, of which the addresses are known where they were mapped, and sync the file.
+
+    A checksum is in two places (APPNOTE.TXT 4.3): in the directory, and where flag 3 says so in a descriptor that
+    follows the data, else in the header before it.
+    """
+    full = sorted((r for r in records if r.file_size), key=lambda r: r.header_offset)
+    crcs = {r.filename: crc for r, (_, crc) in zip(full, sorted(f for f in filled if f[0]), strict=True)}
+    with open(path, "r+b") as file:
+        for record in full:
+            file.seek(record.header_offset + 26)
+            names, extra = struct.unpack("<HH", file.read(4))
+            if record.flag_bits & 8:
+                file.seek(record.header_offset + 30 + names + extra + record.file_size)
+                assert file.read(4) == b"PK\x07\x08", record.filename
+            else:
+                file.seek(record.header_offset + 14)
+            file.write(struct.pack("<I", crcs[record.filename]))
+        with zipfile.ZipFile(path) as archive:
+            file.seek(archive.start_dir)
+            entries = len(archive.infolist())
+        for _ in range(entries):
+            at = file.tell()
+            entry = file.read(46)
+            assert entry[:4] == b"PK\x01\x02", at
+            sizes = struct.unpack("<HHH", entry[28:34])
+            name = file.read(sizes[0]).decode()
+            if name in crcs:
+                file.seek(at + 16)
+                file.write(struct.pack("<I", crcs[name]))
+            file.seek(at + 46 + sum(sizes))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------- safetensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def test_consolidated_file_is_the_live_model(saved: Any, tmp_path: Path, capsys:
     first, second = (whole["state_dict"][n] for n in ("again.weight", "blocks.0.0.weight"))
     assert first.data_ptr() == second.data_ptr()  # tied in the file too
     assert [p.name for p in tmp_path.iterdir()] == ["one.ckpt"]
+    with zipfile.ZipFile(tmp_path / "one.ckpt") as archive:
+        assert archive.testzip() is None  # every checksum
+
+
+def test_views_of_one_tensor_stay_views(tmp_path: Path) -> None:
+    """What callbacks and hooks keep may share memory, or be a part of more."""
+    model, used = fit(tmp_path, "nvme", 1)
+    base = torch.arange(10.0)
+    parts = {"late": base[7:], "odd": base[1::2], "whole": base, "empty": base[:0], "other": torch.tensor(3)}
+    model.on_save_checkpoint = lambda checkpoint: checkpoint.update(parts=parts)
+    used.save_checkpoint(tmp_path / "a.ckpt")
+    assert main(["consolidate", str(tmp_path / "a.ckpt"), str(tmp_path / "one.ckpt")]) == 0
+    found = torch.load(tmp_path / "one.ckpt", weights_only=True)["parts"]
+    assert_same(found, parts)
+    assert found["late"].untyped_storage().data_ptr() == found["whole"].untyped_storage().data_ptr()
+    with zipfile.ZipFile(tmp_path / "one.ckpt") as archive:
+        assert archive.testzip() is None
 
 
 def test_any_strategy_resumes_from_it(saved: Any, tmp_path: Path) -> None:
