@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     option("output", help="the file to write, or the folder for safetensors")
     option("--format", choices=("ckpt", "safetensors"), help="by default ckpt, or safetensors if output ends with /")
     option("--weights-only", action="store_true", help="leave out optimizers, loops and callbacks")
-    option("--average", action="store_true", help="take ZinfEMA's running average for the weights")
+    option("--current", action="store_true", help="take the last step's weights, not ZinfEMA's average of them")
     option("--strip-prefix", default="", metavar="P", help="safetensors: only names that begin with P, without it")
     option("--max-shard-size", type=_size, default=5 * 10**9, metavar="SIZE", help="safetensors: of one file (5GB)")
     option("--memory-budget", type=_size, default=2**28, metavar="SIZE", help="most memory for tensors (256MiB)")
@@ -121,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told, text = _COMMANDS[given.command](given)
     except (CheckpointError, OSError) as error:
         print(f"zinf {given.command}: {error}", file=sys.stderr)
+        return 1
+    except pickle.UnpicklingError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), str(error))
+        print(f"zinf {given.command}: {reason}\nIf you trust {given.checkpoint}, say --trust-pickle", file=sys.stderr)
         return 1
     except _UsageError as error:
         print(f"zinf {given.command}: {error}", file=sys.stderr)
@@ -210,7 +215,7 @@ def _consolidate(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
                     source,
                     given.output,
                     weights_only=given.weights_only,
-                    average=given.average,
+                    current=given.current,
                     chunk_bytes=chunk,
                     trust_pickle=given.trust_pickle,
                     progress=advance,
@@ -222,8 +227,9 @@ def _consolidate(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
                     given.output,
                     max_shard_bytes=given.max_shard_size,
                     strip_prefix=given.strip_prefix,
-                    average=given.average,
+                    current=given.current,
                     chunk_bytes=chunk,
+                    trust_pickle=given.trust_pickle,
                     progress=advance,
                 )
                 files = [os.path.join(given.output, name) for name in names]

@@ -29,12 +29,14 @@ from torch import Tensor
 
 from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header, raw_bytes
 from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError, Param
-from lightning_zinf.checkpoint.source import Checkpoint
+from lightning_zinf.checkpoint.source import Averages, Checkpoint
+from lightning_zinf.optim.average import PLANE
 
 _SINGLE = "model.safetensors"
-AVERAGE = "ema"
-_TRAINING = ("optimizer_states", "lr_schedulers", "callbacks", "loops", "averaging_state", "averaging_buffers")
+_TRAINING = ("optimizer_states", "lr_schedulers", "callbacks", "loops", "averaging_state", "current_model_state")
 """Entries of a checkpoint that only going on with training needs."""
+_SHARDED = ("averaging_buffers", "averaging_swapped")
+"""Entries that only sharded checkpoints have."""
 Progress = Callable[[int], None]
 
 
@@ -45,24 +47,28 @@ class Piece:
     Attributes:
         buffer: Where it is.
         param: Which.
-        plane: A plane of its state, or None for its master.
+        plane: A plane of its state, or None for its values.
+        averages: How the checkpoint has averages.
+        average: Whether values are averages, if there are any.
     """
 
     buffer: Buffer
     param: Param
     plane: str | None
+    averages: Averages | None = None
+    average: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
-        return DTYPES[self.param.dtype if self.plane in (None, AVERAGE) else self.buffer.planes[self.plane or ""]]
+        return DTYPES[self.param.dtype if self.plane is None else self.buffer.planes[self.plane]]
 
     def read(self, source: Checkpoint, start: int, stop: int) -> Tensor:
         """Return the elements ``[start, stop)`` of the parameter."""
-        first = self.param.offset
-        if self.plane is None or self.plane not in self.buffer.planes:  # what was frozen has no average
-            return source.master(self.buffer, first + start, first + stop).to(self.dtype)
-        return source.plane(self.buffer, self.plane, first + start, first + stop).to(self.dtype)
+        low, high = self.param.offset + start, self.param.offset + stop
+        if self.plane is None:
+            return source.values(self.buffer, low, high, self.averages, self.average).to(self.dtype)
+        return source.plane(self.buffer, self.plane, low, high).to(self.dtype)
 
     def chunks(self, source: Checkpoint, numel: int) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(first element, values)`` in pieces of at most ``numel`` elements."""
@@ -75,7 +81,7 @@ def to_ckpt(
     out: str | os.PathLike[str],
     *,
     weights_only: bool = False,
-    average: bool = False,
+    current: bool = False,
     chunk_bytes: int = 64 * 2**20,
     trust_pickle: bool = False,
     progress: Progress = lambda nbytes: None,
@@ -86,16 +92,16 @@ def to_ckpt(
         source: The sharded checkpoint.
         out: The file to write; it appears when it is complete.
         weights_only: Leave out optimizers, loops and callbacks.
-        average: Take the running average for the weights.
+        current: Take the weights of the last step also where there is an average of them.
         chunk_bytes: Bytes that are read at a time.
         trust_pickle: Load objects of any class that callbacks or hyper-parameters have.
         progress: Called with bytes as they are written.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, or has no average.
+        CheckpointError: If the checkpoint is damaged.
     """
     path, pieces = Path(out), dict[int, Piece]()
-    content = _content(source, pieces, weights_only, average, trust_pickle)
+    content = _content(source, pieces, weights_only, current, trust_pickle)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with torch.serialization.skip_data():
@@ -119,41 +125,38 @@ def to_ckpt(
 
 
 def _content(
-    source: Checkpoint, pieces: dict[int, Piece], weights_only: bool, average: bool, trust_pickle: bool
+    source: Checkpoint, pieces: dict[int, Piece], weights_only: bool, current: bool, trust_pickle: bool
 ) -> dict[str, Any]:
     """Return the checkpoint with tensors in it whose memory nobody has touched, noted in ``pieces``."""
     content = source.trainer(weights_only=not trust_pickle)
-    _check_average(source, average)
-    plane = AVERAGE if average else None
+    averages = Averages.of(content)
 
-    def later(buffer: Buffer, param: Param, plane: str | None) -> Tensor:
-        piece = Piece(buffer, param, plane)
-        tensor = torch.empty(param.shape, dtype=piece.dtype)
+    def later(piece: Piece) -> Tensor:
+        tensor = torch.empty(piece.param.shape, dtype=piece.dtype)
         pieces[id(tensor)] = piece
         return tensor
 
-    tensors = {id(param): later(buffer, param, plane) for buffer, param in source.params()}
-    state = {
-        name: tensors[id(source.locations[name][1])] if name in source.locations else source.tensor(name)
-        for name in source.names()
-    }
-    if average:
-        state.update(content.get("averaging_buffers", {}))
-    content["state_dict"] = state
-    if weights_only:
-        return {key: value for key, value in content.items() if key not in _TRAINING}
+    def state(average: bool) -> dict[str, Tensor]:
+        tensors = {id(param): later(Piece(buffer, param, None, averages, average)) for buffer, param in source.params()}
+        found = {
+            name: tensors[id(source.locations[name][1])] if name in source.locations else source.tensor(name)
+            for name in source.names()
+        }
+        if averages is not None and averages.swapped != average:
+            found.update({name: value for name, value in averages.buffers.items() if name in found})
+        return found
+
+    content["state_dict"] = state(average=not current)
+    if averages is not None and not current and not weights_only:
+        content["current_model_state"] = state(average=False)  # as Lightning's callback has it
+    left = _SHARDED + _TRAINING * weights_only + ("averaging_state",) * current
     for optimizer, names in zip(content.get("optimizer_states", []), source.manifest.optimizers, strict=False):
-        for number, entry in optimizer["state"].items():
+        for number, entry in () if weights_only else optimizer["state"].items():
             buffer, param = source.locations[names[number]]
             for kind in buffer.planes:
-                if kind not in ("weight", "residual", "master", AVERAGE):
-                    entry[kind] = later(buffer, param, kind)
-    return content
-
-
-def _check_average(source: Checkpoint, average: bool) -> None:
-    if average and not any(AVERAGE in b.planes for b in source.manifest.buffers):
-        raise CheckpointError(f"{source.url} has no running average of the weights: it was trained without ZinfEMA")
+                if kind not in ("weight", "residual", "master", PLANE):
+                    entry[kind] = later(Piece(buffer, param, kind))
+    return {key: value for key, value in content.items() if key not in left}
 
 
 def _filler(
@@ -242,8 +245,9 @@ def to_safetensors(
     *,
     max_shard_bytes: int = 5 * 10**9,
     strip_prefix: str = "",
-    average: bool = False,
+    current: bool = False,
     chunk_bytes: int = 64 * 2**20,
+    trust_pickle: bool = False,
     progress: Progress = lambda nbytes: None,
 ) -> list[str]:
     """Write the weights as Hugging Face lays them out, and return the names of the files.
@@ -256,25 +260,30 @@ def to_safetensors(
         out: The folder, which is made.
         max_shard_bytes: Most bytes of tensors in a file, unless a single one is larger.
         strip_prefix: Write only names that begin with this, without it.
-        average: Take the running average for the weights.
+        current: Take the weights of the last step also where there is an average of them.
         chunk_bytes: Bytes that are read at a time.
+        trust_pickle: Load objects of any class, to find out about averages.
         progress: Called with bytes as they are written.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, has no average, or nothing has the prefix.
+        CheckpointError: If the checkpoint is damaged, or nothing has the prefix.
     """
-    _check_average(source, average)
-    entries: dict[str, Piece | str] = {
-        param.names[0]: Piece(buffer, param, AVERAGE if average else None) for buffer, param in source.params()
+    averages = None
+    if any(PLANE in buffer.planes for buffer in source.manifest.buffers):
+        averages = Averages.of(source.trainer(weights_only=not trust_pickle))
+    entries: dict[str, Piece | Tensor] = {
+        param.names[0]: Piece(buffer, param, None, averages, not current) for buffer, param in source.params()
     }
-    entries.update({name: name for name in source.reader(source.manifest.module).tensors})
+    entries.update({name: source.tensor(name) for name in source.reader(source.manifest.module).tensors})
+    if averages is not None and averages.swapped == current:
+        entries.update({name: value for name, value in averages.buffers.items() if name in entries})
     entries = {n.removeprefix(strip_prefix): e for n, e in entries.items() if n.startswith(strip_prefix)}
     if not entries:
         raise CheckpointError(f"no name in {source.url} begins with {strip_prefix!r}")
-    files: list[dict[str, Piece | str]] = [{}]
+    files: list[dict[str, Piece | Tensor]] = [{}]
     filled = total = 0
     for name, entry in entries.items():
-        nbytes = _nbytes(source, entry)
+        nbytes = entry.param.numel * entry.dtype.itemsize if isinstance(entry, Piece) else entry.nbytes
         if files[-1] and filled + nbytes > max_shard_bytes:
             files.append({})
             filled = 0
@@ -297,21 +306,13 @@ def to_safetensors(
     return paths
 
 
-def _nbytes(source: Checkpoint, entry: Piece | str) -> int:
-    if isinstance(entry, Piece):
-        return entry.param.numel * entry.dtype.itemsize
-    return source.tensor(entry).nbytes
-
-
 def _write_file(
-    source: Checkpoint, folder: Folder, path: str, entries: Mapping[str, Piece | str], chunk: int, progress: Progress
+    source: Checkpoint, folder: Folder, path: str, entries: Mapping[str, Piece | Tensor], chunk: int, progress: Progress
 ) -> None:
     writer = Writer(folder, path)
     try:
         described = {
-            name: (NAMES[e.dtype], e.param.shape)
-            if isinstance(e, Piece)
-            else (NAMES[source.tensor(e).dtype], source.shape(e))
+            name: (NAMES[e.dtype], e.param.shape if isinstance(e, Piece) else tuple(e.shape))
             for name, e in entries.items()
         }
         writer.write(header(described, {"format": "pt"}))
@@ -321,7 +322,7 @@ def _write_file(
                     writer.write(raw_bytes(values))
                     progress(values.nbytes)
             else:
-                writer.write(raw_bytes(source.tensor(entry)))
+                writer.write(raw_bytes(entry.contiguous()))
         writer.finish()
     except BaseException:
         writer.abandon()

@@ -23,7 +23,8 @@ from lightning_zinf.checkpoint.consolidate import Piece
 from lightning_zinf.checkpoint.files import NAMES, Folder
 from lightning_zinf.checkpoint.foreign import write_converted
 from lightning_zinf.checkpoint.manifest import ITEMSIZES, Buffer, CheckpointError, Param
-from lightning_zinf.checkpoint.source import Checkpoint
+from lightning_zinf.checkpoint.source import Averages, Checkpoint
+from lightning_zinf.optim.average import PLANE
 
 _META = "meta.pt"
 _MODEL, _OPTIMIZER = "state_dict.", "optimizer_"
@@ -72,12 +73,13 @@ def to_dcp(
     pieces: dict[int, Piece] = {}
 
     def later(buffer: Buffer, param: Param, plane: str | None) -> Tensor:
-        piece = Piece(buffer, param, plane)
+        piece = Piece(buffer, param, plane, averages)  # training goes on from the weights of the last step
         tensor = torch.empty(param.shape, dtype=piece.dtype)  # memory that nobody touches
         pieces[id(tensor)] = piece
         return tensor
 
     rest = source.trainer(weights_only=not trust_pickle)
+    averages = Averages.of(rest)
     model = {
         name: later(*source.locations[name], None) if name in source.locations else source.tensor(name)
         for name in source.names()
@@ -99,7 +101,7 @@ def to_dcp(
 
 
 def _optimizer_planes(buffer: Buffer) -> list[str]:
-    return [p for p in buffer.planes if p not in ("weight", "residual", "master", "ema")]
+    return [p for p in buffer.planes if p not in ("weight", "residual", "master", PLANE)]
 
 
 # ---------------------------------------------------------------------- from there

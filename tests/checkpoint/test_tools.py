@@ -116,8 +116,6 @@ def test_refusals(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["consolidate", str(path), str(there), "--force"]) == 0
     assert main(["verify", str(tmp_path)]) == 1
     assert "has no manifest.json" in capsys.readouterr().err
-    assert main(["consolidate", str(path), str(tmp_path / "a.ckpt"), "--average"]) == 1
-    assert "it was trained without ZinfEMA" in capsys.readouterr().err
     with pytest.raises(SystemExit) as usage:
         main(["consolidate", str(path), "x", "--memory-budget", "much"])
     assert usage.value.code == 2
@@ -141,15 +139,27 @@ def test_a_damaged_file(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_average(tmp_path: Path) -> None:
-    reshards.average(0, 1, tmp_path, None, 1)
-    assert main(["consolidate", str(tmp_path / "first.ckpt"), str(tmp_path / "average.ckpt"), "--average"]) == 0
-    assert main(["consolidate", str(tmp_path / "first.ckpt"), str(tmp_path / "weights.ckpt"), "--weights-only"]) == 0
-    averages, weights = (torch.load(tmp_path / n, weights_only=True) for n in ("average.ckpt", "weights.ckpt"))
-    expected = reshards.average(0, 1, tmp_path / "again", None, 1)  # which leaves the average
-    assert_same(dict(averages["state_dict"]), expected)
-    assert not torch.equal(weights["state_dict"]["head.weight"], expected["head.weight"])
-    assert "optimizer_states" not in weights
-    Model.load_from_checkpoint(tmp_path / "weights.ckpt")
+    """One file has the average for the weights, as Lightning's own checkpoints with a callback for it."""
+    expected = reshards.average(0, 1, tmp_path, None, 1)  # which leaves the average
+    path = tmp_path / "first.ckpt"
+    commands = {"whole": [], "weights": ["--weights-only"], "last": ["--weights-only", "--current"]}
+    found = {}
+    for name, options in commands.items():
+        assert main(["consolidate", str(path), str(tmp_path / name), *options]) == 0
+        found[name] = torch.load(tmp_path / name, weights_only=True)
+    for name in ("whole", "weights"):
+        assert_same(dict(found[name]["state_dict"]), expected)
+    assert_same(dict(found["whole"]["current_model_state"]), dict(found["last"]["state_dict"]))
+    assert not torch.equal(found["last"]["state_dict"]["head.weight"], expected["head.weight"])
+    assert not found["weights"].keys() & {"optimizer_states", "averaging_state", "averaging_buffers"}
+    Model.load_from_checkpoint(tmp_path / "weights")
+    resumed = reshards.average(0, 1, tmp_path / "again", tmp_path / "whole", 2)
+    assert_same(resumed, reshards.average(0, 1, tmp_path / "uninterrupted", None, 2))
+    for name, options in {"hf": [], "hf-last": ["--current"]}.items():
+        assert main(["consolidate", str(path), f"{tmp_path / name}/", *options]) == 0
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        state = found["last"]["state_dict"] if options else expected
+        assert all(torch.equal(tensors[n], state[n]) for n in tensors)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
