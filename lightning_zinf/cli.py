@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     option("output", help="the file to write, or the folder for safetensors")
     option("--format", choices=("ckpt", "safetensors"), help="by default ckpt, or safetensors if output ends with /")
     option("--weights-only", action="store_true", help="leave out optimizers, loops and callbacks")
-    option("--average", action="store_true", help="take ZinfEMA's running average for the weights")
+    option("--current", action="store_true", help="take the last step's weights, not ZinfEMA's average of them")
     option("--strip-prefix", default="", metavar="P", help="safetensors: only names that begin with P, without it")
     option("--max-shard-size", type=_size, default=5 * 10**9, metavar="SIZE", help="safetensors: of one file (5GB)")
     option("--memory-budget", type=_size, default=2**28, metavar="SIZE", help="most memory for tensors (256MiB)")
@@ -90,13 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     option("--trust-pickle", action="store_true", help="load Python objects of any class, which may run code")
     convert = add(
         "convert",
-        "convert to or from torch.distributed.checkpoint, as ModelParallelStrategy (FSDP2) has it",
-        "  $ zinf convert last.ckpt fsdp2.ckpt --to dcp\n  $ zinf convert fsdp2.ckpt my.ckpt --from dcp --trust-pickle",
+        "convert to or from torch.distributed.checkpoint (FSDP2), or from DeepSpeed's ZeRO-1, 2 and 3",
+        "  $ zinf convert last.ckpt fsdp2.ckpt --to dcp\n  fsdp2.ckpt: 0.29 GiB\n"
+        "  $ zinf convert fsdp2.ckpt my.ckpt --from dcp --trust-pickle\n  my.ckpt: 0.29 GiB\n"
+        "  $ zinf convert deepspeed.ckpt my.ckpt --from deepspeed --trust-pickle\n  my.ckpt: 0.29 GiB",
     )
     convert.add_argument("output", help="the folder to write")
     direction = convert.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=("dcp",), help="write this")
-    direction.add_argument("--from", dest="origin", choices=("dcp",), help="read this; its metadata is a pickle")
+    direction.add_argument("--from", dest="origin", choices=("dcp", "deepspeed"), help="read this; it has pickles")
     convert.add_argument("--trust-pickle", action="store_true", help="load pickles, which may run code")
     reshard = add(
         "reshard",
@@ -119,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told, text = _COMMANDS[given.command](given)
     except (CheckpointError, OSError) as error:
         print(f"zinf {given.command}: {error}", file=sys.stderr)
+        return 1
+    except pickle.UnpicklingError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), str(error))
+        print(f"zinf {given.command}: {reason}\nIf you trust {given.checkpoint}, say --trust-pickle", file=sys.stderr)
         return 1
     except _UsageError as error:
         print(f"zinf {given.command}: {error}", file=sys.stderr)
@@ -208,7 +215,7 @@ def _consolidate(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
                     source,
                     given.output,
                     weights_only=given.weights_only,
-                    average=given.average,
+                    current=given.current,
                     chunk_bytes=chunk,
                     trust_pickle=given.trust_pickle,
                     progress=advance,
@@ -220,8 +227,9 @@ def _consolidate(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
                     given.output,
                     max_shard_bytes=given.max_shard_size,
                     strip_prefix=given.strip_prefix,
-                    average=given.average,
+                    current=given.current,
                     chunk_bytes=chunk,
+                    trust_pickle=given.trust_pickle,
                     progress=advance,
                 )
                 files = [os.path.join(given.output, name) for name in names]
@@ -232,24 +240,37 @@ def _consolidate(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _convert(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from lightning_zinf.checkpoint.convert import from_dcp, to_dcp
+    from lightning_zinf.checkpoint.deepspeed import from_deepspeed
     from lightning_zinf.checkpoint.source import Checkpoint
 
     if os.path.exists(given.output):
         raise _UsageError(f"{given.output} is there already: give another name")
     if given.origin and not given.trust_pickle:
+        what = {
+            "dcp": "the metadata of torch.distributed.checkpoint is a pickle",
+            "deepspeed": "DeepSpeed's files are pickles",
+        }
         raise _UsageError(
-            "the metadata of torch.distributed.checkpoint is a pickle, which can run code: if you trust "
-            f"{given.checkpoint}, say --trust-pickle"
+            f"{what[given.origin]}, which can run code: if you trust {given.checkpoint}, say --trust-pickle"
         )
-    if given.origin:
+    notes: list[str] = []
+    if given.origin == "dcp":
         from_dcp(given.checkpoint, given.output)
+    elif given.origin:
+        with _progress("Writing", _bytes_below(given.checkpoint)) as advance:
+            notes = from_deepspeed(given.checkpoint, given.output, progress=advance)
     else:
         with Checkpoint(given.checkpoint) as source:
             source.verify([info.path for info in source.manifest.files])
             with _progress("Writing", sum(i.nbytes for i in source.manifest.files)) as advance:
                 to_dcp(source, given.output, trust_pickle=given.trust_pickle, progress=advance)
-    nbytes = sum(entry.stat().st_size for entry in os.scandir(given.output))
-    return {"output": given.output, "bytes": nbytes}, f"{given.output}: {nbytes / 2**30:.2f} GiB"
+    nbytes = _bytes_below(given.output)
+    lines = [f"{given.output}: {nbytes / 2**30:.2f} GiB", *(f"  {note}" for note in notes)]
+    return {"output": given.output, "bytes": nbytes, "notes": notes}, "\n".join(lines)
+
+
+def _bytes_below(folder: str) -> int:
+    return sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(folder) for name in names)
 
 
 def _reshard(given: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -20,7 +20,7 @@ from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict
 from lightning_zinf.checkpoint.load import load_optimizer, load_weights
 from lightning_zinf.checkpoint.manifest import MANIFEST
 from lightning_zinf.checkpoint.save import placeholders, save
-from lightning_zinf.checkpoint.source import Checkpoint, ShardedStateDict, is_sharded
+from lightning_zinf.checkpoint.source import Averages, Checkpoint, ShardedStateDict, is_sharded
 from lightning_zinf.config import CheckpointConfig
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optim.state_dict import optimizer_rest
@@ -184,7 +184,7 @@ class CheckpointsPart(RanksPart):
     def _open_sharded(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         source = Checkpoint(path)
         checkpoint = source.trainer(weights_only)
-        checkpoint["state_dict"] = ShardedStateDict(source)
+        checkpoint["state_dict"] = ShardedStateDict(source, Averages.of(checkpoint))
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

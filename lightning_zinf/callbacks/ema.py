@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +10,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict, load_plane
-from lightning_zinf.checkpoint.load import load_planes
-from lightning_zinf.checkpoint.source import ShardedStateDict
+from lightning_zinf.checkpoint.load import load_averages
+from lightning_zinf.checkpoint.source import Averages, Checkpoint, ShardedStateDict
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.optim.average import PLANE, Average, Swap
@@ -34,9 +34,9 @@ class ZinfEMABody(_Base):
     it is ``decay * average + (1 - decay) * weight``, in float32; the first time it is the weight.
 
     During validation the weights are exchanged with the average, once there is one, and after training they are the
-    average. Whole checkpoints have the average as ``state_dict`` and the weights as ``current_model_state``, as
-    Lightning's callback writes them, and either resumes from the other's. Sharded ones have the weights, and the
-    average as a plane beside them: ``zinf consolidate --average`` takes it for the weights.
+    average. Checkpoints have the average as ``state_dict``, which is what testing from one uses, and beside it the
+    weights, from which training goes on: whole ones as ``current_model_state``, as Lightning's callback writes them
+    (either resumes from the other's), sharded ones as a plane of the shards.
 
     Args:
         decay: Weight of the old average, from 0 to 1.
@@ -73,6 +73,7 @@ class ZinfEMABody(_Base):
         self._bindings: list[OptimizerBinding] = []
         self._buffers: dict[str, Tensor] = {}
         self._swapped = False
+        self._ended: tuple[Any, int] = (lambda: None, 0)  # the engine of a fit that is over, and its number of averages
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether a step, or the end of an epoch, updates the average; may be overridden.
@@ -178,6 +179,8 @@ class ZinfEMABody(_Base):
         """Leave the average in the place of the weights."""
         if not self._swapped:
             self._swap(pl_module)
+        assert self._engine is not None
+        self._ended = (weakref.ref(self._engine), self._averaged)
         self._engine, self._bindings = None, []
 
     def _swap(self, module: LightningModule) -> None:
@@ -197,15 +200,18 @@ class ZinfEMABody(_Base):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the average as ``state_dict`` and the weights as ``current_model_state``."""
-        if self._engine is None or not self._averaged:
-            return
-        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._averaged)}
         assert isinstance(trainer.strategy, ZinfStrategyBody)
+        engine, averaged = self._engine, self._averaged
+        if engine is None and self._ended[0]() is trainer.strategy._engine:
+            engine, averaged = trainer.strategy._engine, self._ended[1]
+        if engine is None or not averaged:
+            return
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(averaged)}
         if trainer.strategy.saves_shards:  # which have the plane
             checkpoint["averaging_buffers"] = {name: buffer.cpu() for name, buffer in self._buffers.items()}
             checkpoint["averaging_swapped"] = self._swapped
             return
-        averages = full_state_dict(self._engine, keep=trainer.is_global_zero, plane=PLANE)
+        averages = full_state_dict(engine, keep=trainer.is_global_zero, plane=PLANE)
         if trainer.is_global_zero:
             averages.update({name: buffer.cpu() for name, buffer in self._buffers.items() if name in averages})
         pairs = (averages, checkpoint["state_dict"])
@@ -215,8 +221,11 @@ class ZinfEMABody(_Base):
         """Take weights and average from a checkpoint."""
         if self._engine is None:
             return
-        if "averaging_buffers" in checkpoint and isinstance(checkpoint["state_dict"], ShardedStateDict):
-            self._load_shards(checkpoint)
+        state = checkpoint["state_dict"]
+        if isinstance(state, ShardedStateDict) and state.averages is not None:
+            self._load_shards(pl_module, state.source, state.averages)
+            for binding in self._bindings:
+                binding.averaged = int(checkpoint["averaging_state"]["n_averaged"])
             return
         if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
             rank_zero_info("The checkpoint has no average of the weights: ZinfEMA begins a new one.")
@@ -229,11 +238,18 @@ class ZinfEMABody(_Base):
             binding.averaged = int(checkpoint["averaging_state"]["n_averaged"])
         load_plane(self._engine, PLANE, checkpoint["state_dict"])
 
-    def _load_shards(self, checkpoint: Mapping[str, Any]) -> None:
+    def _load_shards(self, module: LightningModule, source: Checkpoint, averages: Averages) -> None:
         assert self._engine is not None
-        self._buffers = {name: value.clone() for name, value in checkpoint["averaging_buffers"].items()}
         for binding in self._bindings:
             self._add_planes(binding)
-            binding.averaged = int(checkpoint["averaging_state"]["n_averaged"])
-        load_planes(self._engine, checkpoint["state_dict"].source, (PLANE,))
-        self._swapped = bool(checkpoint["averaging_swapped"])
+        load_averages(self._engine, source, averages)
+        self._swapped, self._buffers = False, {}
+        for name, buffer in module.named_buffers():
+            if name not in averages.buffers:
+                continue
+            other = averages.buffers[name].to(buffer.device)
+            kept = source.tensor(name) if name in source.names() else None  # the module saves persistent ones alone
+            average, last = (kept, other) if averages.swapped else (other, kept)
+            self._buffers[name] = (other if average is None else average).clone()
+            if last is not None:
+                buffer.copy_(last)

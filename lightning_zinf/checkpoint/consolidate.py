@@ -5,6 +5,8 @@ Note [Streaming a .ckpt]
 ``torch.save`` wants its tensors in memory. Under ``torch.serialization.skip_data`` it reserves room for their bytes
 instead of writing them, so it is given tensors whose memory is never touched. Then the file is mapped, shared and
 writable, and filled piece by piece: what is in memory is the page cache's, which the system writes out and drops.
+A .ckpt is a zip archive. torch leaves out the checksums of what it did not see, so they are computed while bytes are
+copied, and written at the end: torch does not look at them, but ``unzip -t`` does.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import contextlib
 import json
 import mmap
 import os
+import struct
 import uuid
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +29,14 @@ from torch import Tensor
 
 from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header, raw_bytes
 from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError, Param
-from lightning_zinf.checkpoint.source import Checkpoint
+from lightning_zinf.checkpoint.source import Averages, Checkpoint
+from lightning_zinf.optim.average import PLANE
 
 _SINGLE = "model.safetensors"
-AVERAGE = "ema"
-_TRAINING = ("optimizer_states", "lr_schedulers", "callbacks", "loops", "averaging_state", "averaging_buffers")
+_TRAINING = ("optimizer_states", "lr_schedulers", "callbacks", "loops", "averaging_state", "current_model_state")
 """Entries of a checkpoint that only going on with training needs."""
+_SHARDED = ("averaging_buffers", "averaging_swapped")
+"""Entries that only sharded checkpoints have."""
 Progress = Callable[[int], None]
 
 
@@ -40,24 +47,28 @@ class Piece:
     Attributes:
         buffer: Where it is.
         param: Which.
-        plane: A plane of its state, or None for its master.
+        plane: A plane of its state, or None for its values.
+        averages: How the checkpoint has averages.
+        average: Whether values are averages, if there are any.
     """
 
     buffer: Buffer
     param: Param
     plane: str | None
+    averages: Averages | None = None
+    average: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
-        return DTYPES[self.param.dtype if self.plane in (None, AVERAGE) else self.buffer.planes[self.plane or ""]]
+        return DTYPES[self.param.dtype if self.plane is None else self.buffer.planes[self.plane]]
 
     def read(self, source: Checkpoint, start: int, stop: int) -> Tensor:
         """Return the elements ``[start, stop)`` of the parameter."""
-        first = self.param.offset
-        if self.plane is None or self.plane not in self.buffer.planes:  # what was frozen has no average
-            return source.master(self.buffer, first + start, first + stop).to(self.dtype)
-        return source.plane(self.buffer, self.plane, first + start, first + stop).to(self.dtype)
+        low, high = self.param.offset + start, self.param.offset + stop
+        if self.plane is None:
+            return source.values(self.buffer, low, high, self.averages, self.average).to(self.dtype)
+        return source.plane(self.buffer, self.plane, low, high).to(self.dtype)
 
     def chunks(self, source: Checkpoint, numel: int) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(first element, values)`` in pieces of at most ``numel`` elements."""
@@ -70,7 +81,7 @@ def to_ckpt(
     out: str | os.PathLike[str],
     *,
     weights_only: bool = False,
-    average: bool = False,
+    current: bool = False,
     chunk_bytes: int = 64 * 2**20,
     trust_pickle: bool = False,
     progress: Progress = lambda nbytes: None,
@@ -81,34 +92,32 @@ def to_ckpt(
         source: The sharded checkpoint.
         out: The file to write; it appears when it is complete.
         weights_only: Leave out optimizers, loops and callbacks.
-        average: Take the running average for the weights.
+        current: Take the weights of the last step also where there is an average of them.
         chunk_bytes: Bytes that are read at a time.
         trust_pickle: Load objects of any class that callbacks or hyper-parameters have.
         progress: Called with bytes as they are written.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, or has no average.
+        CheckpointError: If the checkpoint is damaged.
     """
     path, pieces = Path(out), dict[int, Piece]()
-    content = _content(source, pieces, weights_only, average, trust_pickle)
+    content = _content(source, pieces, weights_only, current, trust_pickle)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with torch.serialization.skip_data():
             torch.save(content, temporary)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(temporary, mmap=True, weights_only=not trust_pickle, map_location="cpu")
-        filled: set[int] = set()
+        filled: dict[int, tuple[int, int]] = {}
         _fill(content, mapped, filled, _filler(source, pieces, chunk_bytes, progress))
-        records = torch._C.PyTorchFileReader(str(temporary)).get_all_records()
-        stored = sum("/data/" in f"/{r}" and not r.endswith("/") for r in records)
-        if stored != len(filled):
+        records = _records(temporary)
+        if len(records) != len(filled):
             raise CheckpointError(
-                f"{source.url} has {stored - len(filled)} tensors inside of objects that are no dicts or lists, which "
-                "cannot be streamed: use --weights-only"
+                f"{source.url} has {len(records) - len(filled)} tensors inside of objects that are no dicts or lists, "
+                "which cannot be streamed: use --weights-only"
             )
         del mapped
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _write_checksums(temporary, records, list(filled.values()))
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -116,72 +125,115 @@ def to_ckpt(
 
 
 def _content(
-    source: Checkpoint, pieces: dict[int, Piece], weights_only: bool, average: bool, trust_pickle: bool
+    source: Checkpoint, pieces: dict[int, Piece], weights_only: bool, current: bool, trust_pickle: bool
 ) -> dict[str, Any]:
     """Return the checkpoint with tensors in it whose memory nobody has touched, noted in ``pieces``."""
     content = source.trainer(weights_only=not trust_pickle)
-    _check_average(source, average)
-    plane = AVERAGE if average else None
+    averages = Averages.of(content)
 
-    def later(buffer: Buffer, param: Param, plane: str | None) -> Tensor:
-        piece = Piece(buffer, param, plane)
-        tensor = torch.empty(param.shape, dtype=piece.dtype)
+    def later(piece: Piece) -> Tensor:
+        tensor = torch.empty(piece.param.shape, dtype=piece.dtype)
         pieces[id(tensor)] = piece
         return tensor
 
-    tensors = {id(param): later(buffer, param, plane) for buffer, param in source.params()}
-    state = {
-        name: tensors[id(source.locations[name][1])] if name in source.locations else source.tensor(name)
-        for name in source.names()
-    }
-    if average:
-        state.update(content.get("averaging_buffers", {}))
-    content["state_dict"] = state
-    if weights_only:
-        return {key: value for key, value in content.items() if key not in _TRAINING}
+    def state(average: bool) -> dict[str, Tensor]:
+        tensors = {id(param): later(Piece(buffer, param, None, averages, average)) for buffer, param in source.params()}
+        found = {
+            name: tensors[id(source.locations[name][1])] if name in source.locations else source.tensor(name)
+            for name in source.names()
+        }
+        if averages is not None and averages.swapped != average:
+            found.update({name: value for name, value in averages.buffers.items() if name in found})
+        return found
+
+    content["state_dict"] = state(average=not current)
+    if averages is not None and not current and not weights_only:
+        content["current_model_state"] = state(average=False)  # as Lightning's callback has it
+    left = _SHARDED + _TRAINING * weights_only + ("averaging_state",) * current
     for optimizer, names in zip(content.get("optimizer_states", []), source.manifest.optimizers, strict=False):
-        for number, entry in optimizer["state"].items():
+        for number, entry in () if weights_only else optimizer["state"].items():
             buffer, param = source.locations[names[number]]
             for kind in buffer.planes:
-                if kind not in ("weight", "residual", "master", AVERAGE):
-                    entry[kind] = later(buffer, param, kind)
-    return content
-
-
-def _check_average(source: Checkpoint, average: bool) -> None:
-    if average and not any(AVERAGE in b.planes for b in source.manifest.buffers):
-        raise CheckpointError(f"{source.url} has no running average of the weights: it was trained without ZinfEMA")
+                if kind not in ("weight", "residual", "master", PLANE):
+                    entry[kind] = later(Piece(buffer, param, kind))
+    return {key: value for key, value in content.items() if key not in left}
 
 
 def _filler(
     source: Checkpoint, pieces: Mapping[int, Piece], chunk_bytes: int, progress: Progress
-) -> Callable[[Tensor, Tensor], None]:
-    def fill(given: Tensor, room: Tensor) -> None:
+) -> Callable[[Tensor, Tensor], int]:
+    def fill(given: Tensor, room: Tensor) -> int:
         piece = pieces.get(id(given))
-        if piece is None:
-            room.copy_(given)
-            return
-        flat = room.view(-1)
+        if piece is None:  # others may see other parts of the same storage
+            room.untyped_storage().copy_(given.untyped_storage())
+            return zlib.crc32(raw_bytes(torch.empty(0, dtype=torch.uint8).set_(room.untyped_storage())))
+        flat, crc = room.view(-1), 0
         for start, values in piece.chunks(source, max(1, chunk_bytes // 4)):
             flat[start : start + values.numel()] = values
+            crc = zlib.crc32(raw_bytes(values), crc)
             progress(values.nbytes)
+        return crc
 
     return fill
 
 
-def _fill(given: Any, room: Any, filled: set[int], fill: Callable[[Tensor, Tensor], None]) -> None:
-    """Walk through two equal structures and fill the tensors of one from the other, each storage once."""
+def _fill(given: Any, room: Any, filled: dict[int, tuple[int, int]], fill: Callable[[Tensor, Tensor], int]) -> None:
+    """Walk through two equal structures and fill the tensors of one from the other, each storage once.
+
+    ``filled`` gets the address and the checksum of each storage of ``room``, by the storage of ``given``.
+    """
     if isinstance(given, Tensor):
         key = given.untyped_storage()._cdata
         if key not in filled:
-            filled.add(key)
-            fill(given, room)
+            filled[key] = (0, 0)
+            filled[key] = (room.untyped_storage().data_ptr(), fill(given, room))
     elif isinstance(given, Mapping):
         for name, value in given.items():
             _fill(value, room[name], filled, fill)
     elif isinstance(given, (list, tuple)):
         for value, other in zip(given, room, strict=True):
             _fill(value, other, filled, fill)
+
+
+def _records(path: Path) -> list[zipfile.ZipInfo]:
+    """Return the records that have tensors."""
+    with zipfile.ZipFile(path) as archive:
+        return [info for info in archive.infolist() if "/data/" in info.filename]
+
+
+def _write_checksums(path: Path, records: list[zipfile.ZipInfo], filled: list[tuple[int, int]]) -> None:
+    """Write the checksums of records, of which the addresses are known where they were mapped, and sync the file.
+
+    A checksum is in two places (APPNOTE.TXT 4.3): in the directory, and where flag 3 says so in a descriptor that
+    follows the data, else in the header before it.
+    """
+    full = sorted((r for r in records if r.file_size), key=lambda r: r.header_offset)
+    crcs = {r.filename: crc for r, (_, crc) in zip(full, sorted(f for f in filled if f[0]), strict=True)}
+    with open(path, "r+b") as file:
+        for record in full:
+            file.seek(record.header_offset + 26)
+            names, extra = struct.unpack("<HH", file.read(4))
+            if record.flag_bits & 8:
+                file.seek(record.header_offset + 30 + names + extra + record.file_size)
+                assert file.read(4) == b"PK\x07\x08", record.filename
+            else:
+                file.seek(record.header_offset + 14)
+            file.write(struct.pack("<I", crcs[record.filename]))
+        with zipfile.ZipFile(path) as archive:
+            file.seek(archive.start_dir)
+            entries = len(archive.infolist())
+        for _ in range(entries):
+            at = file.tell()
+            entry = file.read(46)
+            assert entry[:4] == b"PK\x01\x02", at
+            sizes = struct.unpack("<HHH", entry[28:34])
+            name = file.read(sizes[0]).decode()
+            if name in crcs:
+                file.seek(at + 16)
+                file.write(struct.pack("<I", crcs[name]))
+            file.seek(at + 46 + sum(sizes))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------- safetensors
@@ -193,8 +245,9 @@ def to_safetensors(
     *,
     max_shard_bytes: int = 5 * 10**9,
     strip_prefix: str = "",
-    average: bool = False,
+    current: bool = False,
     chunk_bytes: int = 64 * 2**20,
+    trust_pickle: bool = False,
     progress: Progress = lambda nbytes: None,
 ) -> list[str]:
     """Write the weights as Hugging Face lays them out, and return the names of the files.
@@ -207,25 +260,30 @@ def to_safetensors(
         out: The folder, which is made.
         max_shard_bytes: Most bytes of tensors in a file, unless a single one is larger.
         strip_prefix: Write only names that begin with this, without it.
-        average: Take the running average for the weights.
+        current: Take the weights of the last step also where there is an average of them.
         chunk_bytes: Bytes that are read at a time.
+        trust_pickle: Load objects of any class, to find out about averages.
         progress: Called with bytes as they are written.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, has no average, or nothing has the prefix.
+        CheckpointError: If the checkpoint is damaged, or nothing has the prefix.
     """
-    _check_average(source, average)
-    entries: dict[str, Piece | str] = {
-        param.names[0]: Piece(buffer, param, AVERAGE if average else None) for buffer, param in source.params()
+    averages = None
+    if any(PLANE in buffer.planes for buffer in source.manifest.buffers):
+        averages = Averages.of(source.trainer(weights_only=not trust_pickle))
+    entries: dict[str, Piece | Tensor] = {
+        param.names[0]: Piece(buffer, param, None, averages, not current) for buffer, param in source.params()
     }
-    entries.update({name: name for name in source.reader(source.manifest.module).tensors})
+    entries.update({name: source.tensor(name) for name in source.reader(source.manifest.module).tensors})
+    if averages is not None and averages.swapped == current:
+        entries.update({name: value for name, value in averages.buffers.items() if name in entries})
     entries = {n.removeprefix(strip_prefix): e for n, e in entries.items() if n.startswith(strip_prefix)}
     if not entries:
         raise CheckpointError(f"no name in {source.url} begins with {strip_prefix!r}")
-    files: list[dict[str, Piece | str]] = [{}]
+    files: list[dict[str, Piece | Tensor]] = [{}]
     filled = total = 0
     for name, entry in entries.items():
-        nbytes = _nbytes(source, entry)
+        nbytes = entry.param.numel * entry.dtype.itemsize if isinstance(entry, Piece) else entry.nbytes
         if files[-1] and filled + nbytes > max_shard_bytes:
             files.append({})
             filled = 0
@@ -248,21 +306,13 @@ def to_safetensors(
     return paths
 
 
-def _nbytes(source: Checkpoint, entry: Piece | str) -> int:
-    if isinstance(entry, Piece):
-        return entry.param.numel * entry.dtype.itemsize
-    return source.tensor(entry).nbytes
-
-
 def _write_file(
-    source: Checkpoint, folder: Folder, path: str, entries: Mapping[str, Piece | str], chunk: int, progress: Progress
+    source: Checkpoint, folder: Folder, path: str, entries: Mapping[str, Piece | Tensor], chunk: int, progress: Progress
 ) -> None:
     writer = Writer(folder, path)
     try:
         described = {
-            name: (NAMES[e.dtype], e.param.shape)
-            if isinstance(e, Piece)
-            else (NAMES[source.tensor(e).dtype], source.shape(e))
+            name: (NAMES[e.dtype], e.param.shape if isinstance(e, Piece) else tuple(e.shape))
             for name, e in entries.items()
         }
         writer.write(header(described, {"format": "pt"}))
@@ -272,7 +322,7 @@ def _write_file(
                     writer.write(raw_bytes(values))
                     progress(values.nbytes)
             else:
-                writer.write(raw_bytes(source.tensor(entry)))
+                writer.write(raw_bytes(entry.contiguous()))
         writer.finish()
     except BaseException:
         writer.abandon()

@@ -7,9 +7,8 @@ buffer for each parameter.
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from lightning_zinf import __version__
 from lightning_zinf.checkpoint.consolidate import Piece
-from lightning_zinf.checkpoint.files import NAMES, Folder, Writer, header, raw_bytes, write_safetensors
-from lightning_zinf.checkpoint.manifest import ITEMSIZES, MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Param
-from lightning_zinf.checkpoint.source import Checkpoint
+from lightning_zinf.checkpoint.files import NAMES, Folder
+from lightning_zinf.checkpoint.foreign import write_converted
+from lightning_zinf.checkpoint.manifest import ITEMSIZES, Buffer, CheckpointError, Param
+from lightning_zinf.checkpoint.source import Averages, Checkpoint
+from lightning_zinf.optim.average import PLANE
 
 _META = "meta.pt"
 _MODEL, _OPTIMIZER = "state_dict.", "optimizer_"
@@ -73,12 +73,13 @@ def to_dcp(
     pieces: dict[int, Piece] = {}
 
     def later(buffer: Buffer, param: Param, plane: str | None) -> Tensor:
-        piece = Piece(buffer, param, plane)
+        piece = Piece(buffer, param, plane, averages)  # training goes on from the weights of the last step
         tensor = torch.empty(param.shape, dtype=piece.dtype)  # memory that nobody touches
         pieces[id(tensor)] = piece
         return tensor
 
     rest = source.trainer(weights_only=not trust_pickle)
+    averages = Averages.of(rest)
     model = {
         name: later(*source.locations[name], None) if name in source.locations else source.tensor(name)
         for name in source.names()
@@ -100,7 +101,7 @@ def to_dcp(
 
 
 def _optimizer_planes(buffer: Buffer) -> list[str]:
-    return [p for p in buffer.planes if p not in ("weight", "residual", "master", "ema")]
+    return [p for p in buffer.planes if p not in ("weight", "residual", "master", PLANE)]
 
 
 # ---------------------------------------------------------------------- from there
@@ -204,45 +205,16 @@ def _write(
     def read(key: str) -> Tensor:
         wanted = {key: torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype)}
         state_dict_loader.load(wanted, storage_reader=reader, no_dist=True)
-        progress(wanted[key].nbytes)
         return wanted[key]
 
-    folder.make()
+    def planes_of(buffer: Buffer, plane: str) -> Iterator[Tensor]:
+        yield read(weights[buffer.name] if plane == "weight" else planes[buffer.name][plane])
+
     managed = {b.name for b in buffers}
-    infos: list[FileInfo] = []
-    writer = Writer(folder, "shard-00000-of-00001.safetensors")
-    try:
-        writer.write(header({f"{b.name}/{p}": (d, (b.numel,)) for b in buffers for p, d in b.planes.items()}))
-        for buffer in buffers:
-            for plane in buffer.planes:
-                value = read(weights[buffer.name] if plane == "weight" else planes[buffer.name][plane])
-                if not value.numel():
-                    value = torch.zeros(1, dtype=value.dtype)
-                writer.write(raw_bytes((value if plane == "weight" else value.float()).contiguous()))
-        infos.append(writer.finish())
-    except BaseException:
-        writer.abandon()
-        raise
     others = {name: read(key) for name, key in weights.items() if name not in managed}
-    infos.append(write_safetensors(folder, "module.safetensors", others))
     names = [[n for g in o["param_groups"] for n in g["params"]] for o in optimizers]
     rest["optimizer_states"] = [_by_number(o, order) for o, order in zip(optimizers, names, strict=True)]
-    content = io.BytesIO()
-    torch.save(rest, content)
-    writer = Writer(folder, "trainer.pt")
-    writer.write(content.getbuffer())
-    infos.append(writer.finish())
-    manifest = Manifest(
-        (infos[0].path,),
-        "module.safetensors",
-        "trainer.pt",
-        buffers,
-        tuple(weights),
-        tuple(map(tuple, names)),
-        {"lightning-zinf": __version__, "torch": str(torch.__version__)},
-        tuple(infos),
-    )
-    folder.replace(MANIFEST, manifest.to_json().encode())
+    write_converted(folder, buffers, planes_of, others, list(weights), names, rest, progress)
 
 
 def _by_number(optimizer: Mapping[str, Any], order: list[str]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError
-from lightning_zinf.checkpoint.source import Checkpoint, ShardedStateDict
+from lightning_zinf.checkpoint.source import Averages, Checkpoint, ShardedStateDict
 from lightning_zinf.memory.state import Record
+from lightning_zinf.optim.average import PLANE
 from lightning_zinf.optim.update import Update, set_master
 
 if TYPE_CHECKING:
@@ -83,13 +84,14 @@ def load_weights(engine: Engine, state: ShardedStateDict, strict: bool = True) -
     _verify(engine, source, [m for found in moves.values() for m in found], [source.manifest.module])
 
     def put(move: Move, weight: Tensor, planes: dict[str, Tensor]) -> None:
-        master = source.master(move.source, move.first, move.first + move.numel)
-        set_master(weight, planes, master.to(weight.device))
+        set_master(weight, planes, state.read(move.source, move.first, move.first + move.numel).to(weight.device))
 
     # All ranks update the same buffers, also those of which one has nothing but padding.
     found = [b for u in engine.units for b in u.buffers if any(n in state and n in source.locations for n in b.names)]
     _apply(engine, [(b, Load(moves[id(b)], put)) for b in found])
-    others = {n: state[n] for n in state if n in expected and n not in source.locations}
+    # A buffer of the checkpoint may be something here that the engine does not keep: others draw the line elsewhere.
+    kept = {n for n in source.locations if isinstance(p := expected.get(n), nn.Parameter) and engine.unit_of(p)}
+    others = {n: state[n] for n in state if n in expected and n not in kept}
     others.update({n: v for n, v in state.changed().items() if n in expected})
     engine.root.load_state_dict(others, strict=False)
     engine.flush()
@@ -161,16 +163,22 @@ def _apply(engine: Engine, updates: Sequence[tuple[FlatBuffer, Update]]) -> None
     engine.flush()
 
 
-def load_planes(engine: Engine, source: Checkpoint, planes: Sequence[str]) -> None:
-    """Load planes of state into the buffers that have them.
+def load_averages(engine: Engine, source: Checkpoint, averages: Averages) -> None:
+    """Load the weights of the last step, and averages into the buffers that have the plane.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, on all ranks.
     """
-    found = [b for u in engine.units for b in u.buffers if b.state is not None and set(planes) <= set(b.state.planes)]
+    found = [b for u in engine.units for b in u.buffers if b.state is not None and PLANE in b.state.planes]
     moves = {id(b): _moves(source, b, b.names, source.locations) for b in found}
     _verify(engine, source, [m for some in moves.values() for m in some])
-    _apply(engine, [(b, Load(moves[id(b)], _putter(source, planes))) for b in found])
+
+    def put(move: Move, weight: Tensor, planes: dict[str, Tensor]) -> None:
+        span = (move.source, move.first, move.first + move.numel, averages)
+        set_master(weight, planes, source.values(*span, average=False).to(weight.device))
+        planes[PLANE].copy_(source.values(*span, average=True))
+
+    _apply(engine, [(b, Load(moves[id(b)], put)) for b in found])
 
 
 def load_optimizer(binding: OptimizerBinding, source: Checkpoint, number: int, rest: Mapping[str, Any]) -> None:

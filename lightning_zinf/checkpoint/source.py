@@ -1,6 +1,13 @@
 """Reading a sharded checkpoint: any range of any plane, whole parameters, and the rest.
 
 Nothing here needs a process group: a rank that loads its shard and the offline tools read alike.
+
+Note [Averages in checkpoints]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+With ZinfEMA a shard has two values of a weight: its master, and the plane ``ema``. Which of them is the average depends
+on whether the two were exchanged when it was saved, as they are in validation and after training: ``trainer.pt`` says
+so (``averaging_swapped``), and has the other values of the module's buffers (``averaging_buffers``). As in Lightning's
+whole checkpoints ``state_dict`` is the average; the weights of the last step are what training goes on from.
 """
 
 from __future__ import annotations
@@ -8,6 +15,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +23,7 @@ from torch import Tensor
 
 from lightning_zinf.checkpoint.files import DTYPES, Folder, Reader, verified
 from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Param
+from lightning_zinf.optim.average import PLANE
 from lightning_zinf.optim.update import master_of
 
 
@@ -22,6 +31,26 @@ def is_sharded(path: str | os.PathLike[str], storage_options: Mapping[str, Any] 
     """Whether a path is the folder of a sharded checkpoint, complete or not."""
     folder = Folder(path, storage_options)
     return bool(folder.fs.isdir(folder.path))
+
+
+@dataclass(frozen=True)
+class Averages:
+    """How a checkpoint has averages of the weights.
+
+    Attributes:
+        swapped: Whether the masters are the averages, and the plane has the weights.
+        buffers: The module's other buffers: the averages, or if swapped those of the last step.
+    """
+
+    swapped: bool
+    buffers: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(trainer: Mapping[str, Any]) -> Averages | None:
+        """Return what a checkpoint says of its averages, or None if it has none."""
+        if "averaging_buffers" not in trainer:
+            return None
+        return Averages(bool(trainer["averaging_swapped"]), trainer["averaging_buffers"])
 
 
 class Checkpoint:
@@ -112,6 +141,20 @@ class Checkpoint:
         }
         return master_of(self.plane(buffer, "weight", start, stop), low).float()
 
+    def values(self, buffer: Buffer, start: int, stop: int, averages: Averages | None, average: bool) -> Tensor:
+        """Return float32 values of the elements ``[start, stop)``.
+
+        Args:
+            buffer: The buffer.
+            start: First element.
+            stop: The end.
+            averages: How the checkpoint has averages.
+            average: Return averages, if there are any, and not the weights of the last step.
+        """
+        if averages is None or averages.swapped == average or PLANE not in buffer.planes:
+            return self.master(buffer, start, stop)
+        return self.plane(buffer, PLANE, start, stop)
+
     # ------------------------------------------------------------------ whole things
 
     def tensor(self, name: str, plane: str | None = None) -> Tensor:
@@ -166,16 +209,26 @@ class ShardedStateDict(dict[str, Any]):
 
     Args:
         source: The checkpoint.
+        averages: How it has averages, which are the values then.
     """
 
-    def __init__(self, source: Checkpoint) -> None:
+    def __init__(self, source: Checkpoint, averages: Averages | None = None) -> None:
         super().__init__(dict.fromkeys(source.names()))
-        self.source = source
+        self.source, self.averages = source, averages
+        if averages is not None and not averages.swapped:
+            self.update({name: value for name, value in averages.buffers.items() if name in self})
 
     def __getitem__(self, name: str) -> Any:
         """Return a tensor, whole."""
         value = super().__getitem__(name)
-        return self.source.tensor(name) if value is None else value
+        if value is not None or self.averages is None or name not in self.source.locations:
+            return self.source.tensor(name) if value is None else value
+        buffer, param = self.source.locations[name]
+        return self.read(buffer, param.offset, param.offset + param.numel).to(DTYPES[param.dtype]).view(param.shape)
+
+    def read(self, buffer: Buffer, start: int, stop: int) -> Tensor:
+        """Return the float32 values of the elements ``[start, stop)`` of a buffer of the checkpoint."""
+        return self.source.values(buffer, start, stop, self.averages, average=True)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without reading it."""

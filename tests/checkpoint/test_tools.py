@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def test_consolidated_file_is_the_live_model(saved: Any, tmp_path: Path, capsys:
     first, second = (whole["state_dict"][n] for n in ("again.weight", "blocks.0.0.weight"))
     assert first.data_ptr() == second.data_ptr()  # tied in the file too
     assert [p.name for p in tmp_path.iterdir()] == ["one.ckpt"]
+    with zipfile.ZipFile(tmp_path / "one.ckpt") as archive:
+        assert archive.testzip() is None  # every checksum
+
+
+def test_views_of_one_tensor_stay_views(tmp_path: Path) -> None:
+    """What callbacks and hooks keep may share memory, or be a part of more."""
+    model, used = fit(tmp_path, "nvme", 1)
+    base = torch.arange(10.0)
+    parts = {"late": base[7:], "odd": base[1::2], "whole": base, "empty": base[:0], "other": torch.tensor(3)}
+    model.on_save_checkpoint = lambda checkpoint: checkpoint.update(parts=parts)
+    used.save_checkpoint(tmp_path / "a.ckpt")
+    assert main(["consolidate", str(tmp_path / "a.ckpt"), str(tmp_path / "one.ckpt")]) == 0
+    found = torch.load(tmp_path / "one.ckpt", weights_only=True)["parts"]
+    assert_same(found, parts)
+    assert found["late"].untyped_storage().data_ptr() == found["whole"].untyped_storage().data_ptr()
+    with zipfile.ZipFile(tmp_path / "one.ckpt") as archive:
+        assert archive.testzip() is None
 
 
 def test_any_strategy_resumes_from_it(saved: Any, tmp_path: Path) -> None:
@@ -98,8 +116,6 @@ def test_refusals(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["consolidate", str(path), str(there), "--force"]) == 0
     assert main(["verify", str(tmp_path)]) == 1
     assert "has no manifest.json" in capsys.readouterr().err
-    assert main(["consolidate", str(path), str(tmp_path / "a.ckpt"), "--average"]) == 1
-    assert "it was trained without ZinfEMA" in capsys.readouterr().err
     with pytest.raises(SystemExit) as usage:
         main(["consolidate", str(path), "x", "--memory-budget", "much"])
     assert usage.value.code == 2
@@ -123,15 +139,27 @@ def test_a_damaged_file(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_average(tmp_path: Path) -> None:
-    reshards.average(0, 1, tmp_path, None, 1)
-    assert main(["consolidate", str(tmp_path / "first.ckpt"), str(tmp_path / "average.ckpt"), "--average"]) == 0
-    assert main(["consolidate", str(tmp_path / "first.ckpt"), str(tmp_path / "weights.ckpt"), "--weights-only"]) == 0
-    averages, weights = (torch.load(tmp_path / n, weights_only=True) for n in ("average.ckpt", "weights.ckpt"))
-    expected = reshards.average(0, 1, tmp_path / "again", None, 1)  # which leaves the average
-    assert_same(dict(averages["state_dict"]), expected)
-    assert not torch.equal(weights["state_dict"]["head.weight"], expected["head.weight"])
-    assert "optimizer_states" not in weights
-    Model.load_from_checkpoint(tmp_path / "weights.ckpt")
+    """One file has the average for the weights, as Lightning's own checkpoints with a callback for it."""
+    expected = reshards.average(0, 1, tmp_path, None, 1)  # which leaves the average
+    path = tmp_path / "first.ckpt"
+    commands = {"whole": [], "weights": ["--weights-only"], "last": ["--weights-only", "--current"]}
+    found = {}
+    for name, options in commands.items():
+        assert main(["consolidate", str(path), str(tmp_path / name), *options]) == 0
+        found[name] = torch.load(tmp_path / name, weights_only=True)
+    for name in ("whole", "weights"):
+        assert_same(dict(found[name]["state_dict"]), expected)
+    assert_same(dict(found["whole"]["current_model_state"]), dict(found["last"]["state_dict"]))
+    assert not torch.equal(found["last"]["state_dict"]["head.weight"], expected["head.weight"])
+    assert not found["weights"].keys() & {"optimizer_states", "averaging_state", "averaging_buffers"}
+    Model.load_from_checkpoint(tmp_path / "weights")
+    resumed = reshards.average(0, 1, tmp_path / "again", tmp_path / "whole", 2)
+    assert_same(resumed, reshards.average(0, 1, tmp_path / "uninterrupted", None, 2))
+    for name, options in {"hf": [], "hf-last": ["--current"]}.items():
+        assert main(["consolidate", str(path), f"{tmp_path / name}/", *options]) == 0
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        state = found["last"]["state_dict"] if options else expected
+        assert all(torch.equal(tensors[n], state[n]) for n in tensors)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
