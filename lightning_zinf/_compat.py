@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_zinf.parameters import owner_of
+from lightning_zinf.parameters import owner_of, refuse_meta
 
 
 def part(package: str, name: str) -> Any:
@@ -124,13 +124,17 @@ def move_all_but_parameters(root: nn.Module, device: torch.device) -> None:
     """Move buffers and torchmetrics, but no parameter, to ``device``.
 
     ``root.to(device)`` would materialise every paged parameter.
+
+    Raises:
+        ValueError: If a buffer has no values.
     """
     from torchmetrics import Metric
 
     moved: dict[int, torch.Tensor] = {}
-    for module in root.modules():
+    for prefix, module in root.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
+                refuse_meta("buffer", f"{prefix}.{name}".lstrip("."), buffer)
                 module._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
     for module in root.modules():
         if isinstance(module, Metric):

@@ -213,6 +213,15 @@ def original_class(parameter: nn.Parameter) -> type:
     return cls.__mro__[2] if issubclass(cls, Released) else cls
 
 
+def refuse_meta(what: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor of the user's model is on the meta device."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"{what} {name!r} is on the meta device and has no values: build the model outside of "
+            "torch.device('meta'), or give it values before, for instance with lightning_zinf.load_pretrained"
+        )
+
+
 def stand_in(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what a released parameter's data is: one NaN element expanded to ``shape``."""
     value = float("nan") if dtype.is_floating_point else 0

@@ -154,6 +154,7 @@ class ZinfStrategyBody(CheckpointsPart):
         self.shard_size = shard_size
         self.start_method = start_method
         self._failed = False
+        self._joined = False
         self.offload_params: Offload = offload_params
         self.offload_optimizer: Offload = offload_optimizer
         self.activation_checkpointing = activation_checkpointing
@@ -222,6 +223,7 @@ class ZinfStrategyBody(CheckpointsPart):
 
     def setup_environment(self) -> None:
         """Refuse what cannot work before anything is copied or built for it."""
+        self._joined = False
         if self.lightning_module is not None:
             trainer = self.lightning_module.trainer
             self._refuse_callbacks(trainer)
@@ -278,6 +280,7 @@ class ZinfStrategyBody(CheckpointsPart):
         if fitting:
             if not self._alone:
                 _compat.meet_before_batches(trainer, functools.partial(self._meet, "the next batch"))
+            self.refuse_plugin()
             self._announce()
             self._store_plan(trainer)
 
@@ -290,7 +293,7 @@ class ZinfStrategyBody(CheckpointsPart):
         config = self._partition_config()
         ranks = self._ranks()
         engine = engine_of(module)
-        reusable = engine is not None and self._equal(engine.config, config) and engine.join(ranks)
+        reusable = engine is not None and engine.join(ranks) and self._equal(engine.config, config)
         optimizers = [o for o in map(_compat.unwrapped, self._optimizers) if not _compat.is_mock(self.package, o)]
         rules = rules_of(optimizers) if bind else []
         states = states_to_keep(optimizers, engine if reusable else None) if bind else []
@@ -301,6 +304,7 @@ class ZinfStrategyBody(CheckpointsPart):
             more = tuple(p for c in module.trainer.callbacks for p in getattr(c, "state_planes", ()))  # type: ignore[attr-defined]
             planes = {i: p + more for i, p in planes_of(optimizers, rules).items()} if bind else None
             engine = partition(module, config, trained, ranks, planes)
+        self._joined = True
         if bind:
             assert engine is not None
             bind_all(optimizers, rules, engine, states)

@@ -55,6 +55,10 @@ class CheckpointsPart(RanksPart):
         engine = self._engine
         if engine is None:
             return super().lightning_module_state_dict()
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.status == "interrupted":
+            # A callback saves on an exception. If other ranks had none, it is here that all learn of it.
+            self._meet("saving a checkpoint after an exception")
         if self.saves_shards and not self._returns_weights:
             return placeholders(engine)
         return full_state_dict(engine, keep=self.is_global_zero)
@@ -90,6 +94,12 @@ class CheckpointsPart(RanksPart):
             if aside is not None:
                 shutil.rmtree(aside)
             return
+        self.refuse_plugin()
+        if storage_options is not None and not isinstance(storage_options, Mapping):
+            raise TypeError(
+                "storage_options of a sharded checkpoint are options of its file system, a dict for fsspec, got "
+                f"{storage_options!r}"
+            )
         path = self.broadcast(os.fspath(filepath))  # names may have a metric that differs between ranks
         optimizers = [_compat.unwrapped(o) for o in self.optimizers] if "optimizer_states" in checkpoint else []
         versions = {"lightning-zinf": __version__, "torch": str(torch.__version__)}
@@ -137,6 +147,21 @@ class CheckpointsPart(RanksPart):
                 engine.saving.wait()
             except OSError as error:  # the exception that ended the run is the one to be raised
                 rank_zero_warn(str(error))
+
+    def refuse_plugin(self) -> None:
+        """Refuse a CheckpointIO plugin where checkpoints do not go through it.
+
+        Raises:
+            ValueError: With what to do instead.
+        """
+        plugin = self._checkpoint_io
+        if self.saves_shards and plugin is not None:
+            kind = type(plugin)
+            if kind is not _compat.part(self.package, "plugins").TorchCheckpointIO:
+                raise ValueError(
+                    f"{kind.__name__} would not be used: sharded checkpoints are written by the ranks themselves. Pass "
+                    "state_dict_type='full' to ZinfStrategy for whole files through the plugin, or leave the plugin out"
+                )
 
     def _put_shards_aside(self, path: Any) -> Path | None:
         """Rename a sharded checkpoint that has the name of a whole one.

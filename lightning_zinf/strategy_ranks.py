@@ -28,6 +28,7 @@ class RanksPart(_Base):
     shard_size: int | None
     start_method: str
     _failed: bool
+    _joined: bool
 
     @property
     def engine(self) -> Engine:
@@ -93,8 +94,11 @@ class RanksPart(_Base):
 
     def _meet(self, place: str) -> None:
         engine = self._engine
-        if engine is not None and not self._failed:
-            engine.meet(place)
+        if engine is None or self._failed:
+            return
+        if not self._joined and engine.rounds is not None and engine.rounds.channel.broken is not None:
+            return  # what ended an earlier run; this one has new ways to the other ranks when it is set up
+        engine.meet(place)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""

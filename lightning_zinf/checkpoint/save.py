@@ -109,6 +109,7 @@ def save(
     Raises:
         OSError: If a rank could not write, on all ranks; what was there before stays. In the background, that is raised
             by a later step, or by ``engine.saving.wait()``.
+        ValueError: If a hook renamed weights or put others in their place.
     """
     if engine.saving is not None:
         engine.saving.wait()
@@ -162,6 +163,7 @@ def _prepare(
     own: Exception | None = None
     if rank == 0:
         try:
+            _refuse_changes(engine, checkpoint["state_dict"])
             trainer = _serialized(checkpoint)
             aside = folder.put_aside(token)
             folder.make()
@@ -303,6 +305,20 @@ def _others(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return copies of the tensors that are in no buffer."""
     found = {n: v for n, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and not v.is_meta}
     return {n: v.detach().cpu().clone() for n, v in found.items()}
+
+
+def _refuse_changes(engine: Engine, state: Mapping[str, Any]) -> None:
+    """Refuse a state dict in which weights have other names or values than they have: shards hold them as they are."""
+    params = engine.root.named_parameters(remove_duplicate=False)
+    ours = {name for name, param in params if engine.unit_of(param) is not None}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.is_meta == (name in ours):
+            continue
+        what = f"put other values in the place of {name!r}" if name in ours else f"gave a weight the name {name!r}"
+        raise ValueError(
+            f"a hook that edits checkpoint['state_dict'] {what}. A sharded checkpoint has the weights as they are, "
+            "less the names that are removed: pass state_dict_type='full' to ZinfStrategy, or edit what is loaded"
+        )
 
 
 def _serialized(checkpoint: Mapping[str, Any]) -> memoryview:

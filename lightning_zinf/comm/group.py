@@ -70,6 +70,8 @@ class Ranks:
 
 
 _built: dict[tuple[Any, ...], Ranks] = {}
+_abandoned: list[Ranks] = []
+"""Those whose groups nobody uses any more: after a failure a collective may be under way there that some never join."""
 _generation = 0
 
 
@@ -82,7 +84,7 @@ def _leave() -> None:
     destroys groups at exit for nccl only. After a failure a collective may be under way that nobody will join, which
     to wait for would take as long as the timeout.
     """
-    broken = any(ranks.channel.broken is not None for ranks in _built.values())
+    broken = bool(_abandoned) or any(ranks.channel.broken is not None for ranks in _built.values())
     if broken or not _built or not dist.is_initialized():
         return
     for ranks in _built.values():
@@ -116,15 +118,13 @@ def ranks_of(shard_size: int | None, timeout: timedelta, local_size: int = 1) ->
     found = _built.get(key)
     if found is not None and found.channel.broken is None:
         return found
-    if found is not None:
+    if found is not None:  # a rank failed: whatever comes next in these groups could meet what is under way in them
         found.channel.close()
+        _abandoned.append(found)
     _generation += 1
     rank = dist.get_rank()
     store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined,unused-ignore]
     channel = connect(store, rank, world, timeout, f"zinf/channel/{_generation}")
-    if found is not None:
-        found.channel = channel
-        return found
     shard_group: Any = None
     reduce_group: Any = None
     replica_group: Any = None

@@ -44,6 +44,7 @@ def check_parameters(root: nn.Module, trained: Collection[int]) -> None:
                 f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: the zinf strategy partitions plain "
                 "tensors only (DTensor parameters of tensor parallelism and quantized subclasses are not supported)"
             )
+        paging.refuse_meta("parameter", name, param)
         if id(param) in trained and param.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"parameter {name!r} has dtype {param.dtype}, which the zinf strategy does not train: use float32 or "

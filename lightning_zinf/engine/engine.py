@@ -70,6 +70,20 @@ def in_backward() -> bool:
     return int(torch._C._current_graph_task_id()) != -1
 
 
+def _refuse_tracing() -> None:
+    """Raise while a module is exported: the program would have stand-ins of weights in it.
+
+    Raises:
+        RuntimeError: Always then.
+    """
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the latter
+    if torch._C._get_tracing_state() is not None or exporting():
+        raise RuntimeError(
+            "a module whose weights come and go cannot be traced: export copy.deepcopy(module), or a new module that "
+            "has loaded lightning_zinf.full_state_dict(module)"
+        )
+
+
 class _Absent:
     """What the hooks of an unpickled module lead to: its parameters are ordinary ones."""
 
@@ -225,6 +239,8 @@ class Engine:
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def _pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in self._needs and (self._frames or in_backward() or not self._any_flips):
+            if self._any_moves:
+                _refuse_tracing()
             self._push(module, module)
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -403,6 +419,7 @@ class Engine:
 
     @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
     def _on_fault(self, owners: list[Any], writes: bool) -> None:
+        _refuse_tracing()
         self.counters.faults += 1
         units = list(dict.fromkeys(self.pager.unit_with(owner) for owner in owners))
         if self._computing() and not (writes and self._live().isdisjoint(u.index for u in units)):
@@ -485,10 +502,11 @@ class Engine:
         comm = self.context.comm
         if comm is None or self.rounds is None or ranks is None:
             return comm is None and ranks is None
-        if (comm.ranks.rank, comm.ranks.world_size) != (ranks.rank, ranks.world_size):
+        if any(getattr(comm.ranks, n) != getattr(ranks, n) for n in ("rank", "world_size", "shard_size")):
             return False
         comm.ranks = ranks
         self.rounds.channel = ranks.channel
+        self.reset()  # an exception in a callback's on_exception keeps Lightning from telling us of the first one
         self._running = True
         return True
 

@@ -147,6 +147,10 @@ class ShardedGradients:
         self._under_way.append((comm.reduce_scatter(whole, buffer.name), set(have)))
         return 2 * whole.nbytes
 
+    def abandon(self) -> None:
+        """Forget what is under way, which some ranks may never join."""
+        self._under_way.clear()
+
     def arrived(self) -> bool:
         """Whether nothing is under way any more."""
         return all(r.work is None or r.work.is_completed() for r, _ in self._under_way)
@@ -386,7 +390,11 @@ class Reducer:
         return {id(b): [i for i in range(len(b.params)) if self._first_of[id(b)] + i in wanted] for b in self._buffers}
 
     def reset(self) -> None:
-        """Get ready for the next backward."""
+        """Get ready for the next backward, whatever became of the last one."""
+        for gradients in self._waiting:
+            gradients.abandon()
+        self._waiting.clear()
+        self._in_flight = 0
         self._completed.clear()
         self._launched.clear()
         self._sent.clear()
