@@ -26,7 +26,7 @@ from lightning_zinf.memory.heap import large_blocks_apart
 from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.planner import Decision, Machine, Plan, PlanOptions, Rates, make_plan
-from lightning_zinf.memory.planner.peaks import reduce_bytes
+from lightning_zinf.memory.planner.residency import reduce_bytes
 from lightning_zinf.memory.slots import Slot, SlotRing
 from lightning_zinf.memory.state import plane_dtype
 from lightning_zinf.memory.tiles import TileRing

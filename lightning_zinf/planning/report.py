@@ -112,8 +112,8 @@ def _time_lines(plan: Plan) -> list[str]:
         f"busy {duration(found.bound)} of it"
     ]
     if plan.machine.rates.flops:
-        operations = 3 * plan.model.flops * plan.options.batch * plan.options.accumulate
-        operations *= 4 / 3 if plan.options.recompute else 1
+        samples = plan.options.batch * plan.options.accumulate
+        operations = plan.model.operations(recompute=plan.options.recompute) * samples
         lines[0] += f"; {operations / found.seconds / 1e12:.3g} TFlop/s a rank"
     busy = sorted(found.busy.items(), key=lambda b: -b[1])
     lines.append("busy in a step: " + ", ".join(f"{_SERVERS[s]} {duration(t)}" for s, t in busy if t))

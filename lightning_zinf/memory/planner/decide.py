@@ -16,7 +16,7 @@ from lightning_zinf.config import Tier
 from lightning_zinf.memory.placement import ModelSize, Placement, place, room, slot_budget, tile_count
 from lightning_zinf.memory.planner.model import ModelSpec
 from lightning_zinf.memory.planner.options import PlanOptions
-from lightning_zinf.memory.planner.residency import Resident, Sizes
+from lightning_zinf.memory.planner.residency import Resident, Sizes, under_way
 from lightning_zinf.memory.residency import UnitSize, keep_in_memory
 
 _SMALLEST_TILE = 4096
@@ -132,7 +132,10 @@ class _Decider:
                 where = Placement("nvme", where.optimizer)  # as a whole; units that fit stay
         slots, staging = self._slots(where, asked)
         left = self.room - size.gradients - tiles.nbytes - staging - (slots if self.aliased else 0)
-        on_device = room(self.free_device, options.device_bytes) - slots - size.largest_unit  # gradients on their way
+        on_device = room(self.free_device, options.device_bytes) - slots
+        on_device -= max(
+            under_way(self.sizes.buffers, size, self.sizes.world_size, aliased=self.aliased), size.largest_unit
+        )
         params, optimizer = self._units(where, left, on_device)
         buffers = self.sizes.on(params, optimizer)
         return Decision(where, params, optimizer, buffers, slots, staging, tiles)

@@ -6,7 +6,7 @@ Plain numbers, made from a partitioned model, a configuration or the shape of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from lightning_zinf.layout import FlatLayout
@@ -73,6 +73,7 @@ class UnitSpec:
         flops: Floating-point operations of the forward of one sample.
         saved_bytes: Bytes of activations that one sample leaves for backward.
         input_bytes: Bytes of its input for one sample: all that is left for backward if it is recomputed.
+        block: Whether it is a block, or part of one, so that recomputation computes it twice.
         gathers: Times that a micro-batch gathers it: for forward and for backward, and once more for each further use.
     """
 
@@ -81,6 +82,7 @@ class UnitSpec:
     flops: float = 0.0
     saved_bytes: float = 0.0
     input_bytes: float = 0.0
+    block: bool = False
     gathers: int = 2
 
     @property
@@ -120,10 +122,6 @@ class ModelSpec:
         """Floating-point operations of the forward of one sample."""
         return sum(u.flops for u in self.units)
 
-    def in_precision(self, precision: Precision) -> ModelSpec:
-        """Return the same model in another precision, trained by Adam; activations stay as they were."""
-        units = (
-            replace(u, buffers=tuple(BufferSpec.of(b.numels, precision, learns=b.learns) for b in u.buffers))
-            for u in self.units
-        )
-        return replace(self, units=tuple(units))
+    def operations(self, *, recompute: bool) -> float:
+        """Return the floating-point operations of forward and backward of one sample."""
+        return sum(u.flops * (4 if recompute and u.block else 3) for u in self.units)

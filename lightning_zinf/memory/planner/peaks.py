@@ -11,9 +11,7 @@ from lightning_zinf.memory.planner.decide import Decision
 from lightning_zinf.memory.planner.machine import Machine
 from lightning_zinf.memory.planner.model import ModelSpec
 from lightning_zinf.memory.planner.options import PlanOptions
-
-REDUCE_BYTES = 256 * 2**20
-"""Most bytes of gradients under way to other ranks, unless a few units have more; small models take less."""
+from lightning_zinf.memory.planner.residency import under_way
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,6 @@ class Item:
     what: str
     tier: Tier
     nbytes: int
-
-
-def reduce_bytes(largest_unit: int, whole: int) -> int:
-    """Return the budget for gradients under way to other ranks, of weights of that many bytes."""
-    return min(REDUCE_BYTES, max(4 * largest_unit, whole // 4))
 
 
 def items(
@@ -78,7 +71,6 @@ def _gradients(add: _Add, decision: Decision, size: ModelSize, machine: Machine,
     they always ran in backward is answered for ``update="backward"``: two units' worth then.
     """
     world_size = machine.world_size
-    by_unit: dict[int, int] = {}
     kept: dict[Tier, dict[int, int]] = {}
     for buffer in decision.buffers:
         if not buffer.spec.learns:
@@ -91,20 +83,12 @@ def _gradients(add: _Add, decision: Decision, size: ModelSize, machine: Machine,
             nbytes = 4 * buffer.shard
         units = kept.setdefault("device" if on_device or machine.aliased else "host", {})
         units[buffer.unit] = units.get(buffer.unit, 0) + nbytes
-        by_unit[buffer.unit] = by_unit.get(buffer.unit, 0) + buffer.whole_bytes
     for tier, units in kept.items():
         most = 2 * max(units.values()) if options.update == "backward" else sum(units.values())
         add("gradients", tier, min(most, sum(units.values())))
-    learning, biggest = sum(by_unit.values()), max(by_unit.values(), default=0)
-    if world_size > 1:
-        if options.stage == 1:
-            add("gradients of this rank", "device", learning)
-        assert size.whole is not None
-        # A unit's gradients as autograd leaves them, and what is sent and what arrives of as many as may be under way.
-        budget = max(2 * biggest, reduce_bytes(size.largest_unit, size.whole))
-        add("gradients under way", "device", biggest + min(2 * learning, budget))
-    elif not machine.aliased and any(b.state != "device" for b in decision.buffers):
-        add("gradients under way", "device", biggest)
+    if options.stage == 1 and world_size > 1:
+        add("gradients of this rank", "device", sum(b.whole_bytes for b in decision.buffers if b.spec.learns))
+    add("gradients under way", "device", under_way(decision.buffers, size, world_size, aliased=machine.aliased))
 
 
 def _activations(add: _Add, model: ModelSpec, options: PlanOptions) -> None:

@@ -245,7 +245,7 @@ def _load(plan: Plan, index: int, buffers: Sequence[Resident]) -> UnitLoad:
         gradient,
         after,
         forward_seconds=forward,
-        backward_seconds=forward * (3 if options.recompute and unit.input_bytes else 2),
+        backward_seconds=forward * (3 if options.recompute and unit.block else 2),
         update_seconds=kernel / rates.adam if rates.adam else 0.0,
         when=update_of(plan, index),
         slot_bytes=sum(b.whole_bytes for b in buffers) if paged else 0,

@@ -20,6 +20,9 @@ from lightning_zinf.config import Tier
 from lightning_zinf.memory.placement import ModelSize
 from lightning_zinf.memory.planner.model import BufferSpec, ModelSpec
 
+REDUCE_BYTES = 256 * 2**20
+"""Most bytes of gradients under way to other ranks, unless a few units have more; small models take less."""
+
 
 @dataclass(frozen=True)
 class Resident:
@@ -141,3 +144,25 @@ def least_moved(buffers: Sequence[Resident], room: int, accumulate: int = 1) -> 
 def held_in_memory(buffers: Sequence[Resident]) -> int:
     """Return the bytes of planes that do not rest on NVMe."""
     return sum(nbytes for b in buffers for _, tier, nbytes in b.planes() if tier != "nvme")
+
+
+def reduce_bytes(largest_unit: int, whole: int) -> int:
+    """Return the budget for gradients under way to other ranks, of weights of that many bytes."""
+    return min(REDUCE_BYTES, max(4 * largest_unit, whole // 4))
+
+
+def under_way(buffers: Sequence[Resident], size: ModelSize, world_size: int, *, aliased: bool) -> int:
+    """Return the bytes of gradients that are on the device between autograd and where they are kept.
+
+    With several ranks: a unit's as autograd leaves them, and what is sent and what arrives of as many as may be under
+    way. With one: a unit's on the way to host memory, if they go there.
+    """
+    by_unit: dict[int, int] = {}
+    for buffer in buffers:
+        if buffer.spec.learns:
+            by_unit[buffer.unit] = by_unit.get(buffer.unit, 0) + buffer.whole_bytes
+    learning, biggest = sum(by_unit.values()), max(by_unit.values(), default=0)
+    if world_size > 1:
+        assert size.whole is not None
+        return biggest + min(2 * learning, max(2 * biggest, reduce_bytes(size.largest_unit, size.whole)))
+    return biggest if not aliased and any(b.state != "device" for b in buffers) else 0

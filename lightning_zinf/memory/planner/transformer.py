@@ -155,7 +155,9 @@ def _blocks(shape: Shape, precision: Precision, *, finer: bool, tile_bytes: int 
     if not finer and tile_bytes is None:
         body = BufferSpec.of(block_numels(shape), precision)
         flops = sum(_flops(layer, s) for layer in _layers(shape)) + attention
-        return [UnitSpec(f"blocks.{i}", (body,), flops, saved, float(h * s * item)) for i in range(shape.layers)]
+        return [
+            UnitSpec(f"blocks.{i}", (body,), flops, saved, float(h * s * item), block=True) for i in range(shape.layers)
+        ]
     layers = _tiled(_layers(shape), item, tile_bytes)
     specs = [
         BufferSpec.of(layer.numels + (_norms(shape) if not j else ()), precision) for j, layer in enumerate(layers)
@@ -168,6 +170,7 @@ def _blocks(shape: Shape, precision: Precision, *, finer: bool, tile_bytes: int 
             _flops(layer, s) + (attention if not j else 0.0),
             0.0 if j else saved,
             0.0 if j else float(h * s * item),
+            block=True,
         )
         for i in range(shape.layers)
         for j, layer in enumerate(layers)
