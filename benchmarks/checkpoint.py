@@ -9,8 +9,8 @@ much longer the steps after it take than others, until the checkpoint is complet
 
 Everything is written to one folder, by turns, and synced: torch.save and DCP leave that to the kernel, so a sync of the
 file system follows them, inside of their time (for what is saved in the background, after it). Consolidation runs in a
-process of its own; its memory is the peak of what is anonymous (RssAnon). DeepSpeed (ZeRO-3) has a process of its own as
-well; its zero_to_fp32 writes the weights alone, so ours is measured with --weights-only too.
+process of its own; its memory is the peak of what is anonymous (RssAnon). DeepSpeed (ZeRO-3) has a process of its own;
+its zero_to_fp32 writes the weights alone, so ours is measured with --weights-only too.
 """
 
 from __future__ import annotations
