@@ -5,10 +5,12 @@ much longer the steps after it take than others, until the checkpoint is complet
 
     python benchmarks/checkpoint.py                      # 101M parameters in float32, 1.2 GB of weights and moments
     python benchmarks/checkpoint.py --hidden 512 --rounds 1
+    python benchmarks/checkpoint.py --deepspeed ~/ds/bin/python   # DeepSpeed too, of another environment
 
 Everything is written to one folder, by turns, and synced: torch.save and DCP leave that to the kernel, so a sync of the
 file system follows them, inside of their time (for what is saved in the background, after it). Consolidation runs in a
-process of its own; its memory is the peak of what is anonymous (RssAnon).
+process of its own; its memory is the peak of what is anonymous (RssAnon). DeepSpeed (ZeRO-3) has a process of its own;
+its zero_to_fp32 writes the weights alone, so ours is measured with --weights-only too.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ Ours = tuple[Engine, OptimizerBinding, torch.optim.Optimizer]
 MEASURE = """
 import sys, threading, time
 import lightning_zinf.cli, lightning_zinf.checkpoint.consolidate
+import lightning_zinf.checkpoint.convert, lightning_zinf.checkpoint.deepspeed
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
 before, peak = anonymous(), [0]
@@ -126,11 +129,66 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {"model": model.state_dict(), "optimizer": entries}
 
 
-def consolidate(path: Path, out: Path) -> tuple[float, int]:
-    arguments = [sys.executable, "-c", MEASURE, "consolidate", str(path), str(out), "--force"]
-    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+def zinf(*arguments: str | Path) -> tuple[float, int]:
+    """Run the command; return its seconds and its peak of memory."""
+    return measured(sys.executable, "-c", MEASURE, *map(str, arguments))
+
+
+def measured(*command: str) -> tuple[float, int]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     seconds, peak = done.stdout.split()[-2:]
     return float(seconds), int(peak)
+
+
+class DeepSpeed:
+    """A process that saves with DeepSpeed when it is asked to.
+
+    Args:
+        args: The command line.
+        folder: Where to save.
+    """
+
+    script = str(Path(__file__).with_name("checkpoint_deepspeed.py"))
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.python, self.folder = args.deepspeed, folder
+        command = [self.python, self.script, "save", str(args.hidden), str(args.layers), str(folder)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline().split()
+        if not answer:
+            raise RuntimeError(f"DeepSpeed did not start: {' '.join(command)} says why")
+        self.version = answer[1]
+
+    @classmethod
+    def find(cls, args: argparse.Namespace, folder: Path) -> DeepSpeed | None:
+        """Start it, or say why not."""
+        looked = subprocess.run([args.deepspeed, "-c", "import deepspeed"], capture_output=True, text=True)
+        if looked.returncode:
+            reason = (looked.stderr.strip().splitlines() or ["no reason given"])[-1]
+            print(
+                f"without DeepSpeed: {args.deepspeed} cannot import it ({reason}); --deepspeed names another Python\n"
+            )
+            return None
+        return cls(args, folder)
+
+    def save(self) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print("save", file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def consolidate(self, out: Path) -> tuple[float, int]:
+        return measured(self.python, self.script, "consolidate", str(self.folder), str(out))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def main() -> None:
@@ -139,6 +197,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="steps that are taken while a checkpoint is being saved")
+    parser.add_argument("--deepspeed", default=sys.executable, metavar="PYTHON", help="a Python that has it (this one)")
     parser.add_argument("--folder", type=Path, help="where to write (a temporary folder here by default)")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder or Path.cwd(), prefix="bench-checkpoint-"))
@@ -165,7 +224,13 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     def note(name: str, seconds: float) -> None:
         times.setdefault(name, []).append(seconds)
 
-    peak = 0
+    peaks: dict[str, int] = {}
+
+    def tool(name: str, found: tuple[float, int]) -> None:
+        note(name, found[0])
+        peaks[name] = max(peaks.get(name, 0), found[1])
+
+    deepspeed = DeepSpeed.find(args, folder / "deepspeed")
     for _ in range(args.rounds):
         note("save: write and fsync of as many bytes", timed(lambda: raw_write(folder / "raw", nbytes)))
         note("save: direct write of as many bytes", timed(lambda: direct_write(folder / "direct", nbytes)))
@@ -177,15 +242,26 @@ def report(args: argparse.Namespace, folder: Path) -> None:
         note("load: DCP", timed(lambda: dcp.load(state, checkpoint_id=folder / "dcp")))
         for tier, kept in ours.items():
             note(f"load: zinf, state on {tier}", timed(partial(load_ours, kept, folder / f"{tier}.ckpt")))
-        seconds, used = consolidate(folder / "nvme.ckpt", folder / "one.ckpt")
-        note("consolidate: zinf, checksums first", seconds)
-        peak = max(peak, used)
+        tool("consolidate: zinf, checksums first", zinf("consolidate", folder / "nvme.ckpt", folder / "one", "--force"))
+        if deepspeed is not None:
+            note(f"save: DeepSpeed {deepspeed.version}, ZeRO-3", deepspeed.save())
+            weights = ("consolidate", folder / "nvme.ckpt", folder / "weights", "--force", "--weights-only")
+            tool("consolidate: zinf, weights only", zinf(*weights))
+            tool("consolidate: zero_to_fp32", deepspeed.consolidate(folder / "fp32"))
+            foreign = ("--from", "deepspeed", "--trust-pickle")
+            tool("convert: zinf, from DeepSpeed", zinf("convert", folder / "deepspeed", folder / "converted", *foreign))
+            shutil.rmtree(folder / "converted")
+            shutil.rmtree(folder / "fp32")
+    if deepspeed is not None:
+        deepspeed.close()
     base = statistics.median(times["save: torch.save"])
     print(f"{'':<42}{'s':>8}{'GB/s':>8}{'x torch.save':>14}")
     for name, found in times.items():
         median = statistics.median(found)
         print(f"{name:<42}{median:>8.2f}{nbytes / median / 1e9:>8.2f}{median / base:>14.2f}")
-    print(f"\nconsolidation used {peak / 2**20:.0f} MiB of anonymous memory at most, budget 256 MiB")
+    print("\nanonymous memory at most (the budget of zinf is 256 MiB):")
+    for name, peak in peaks.items():
+        print(f"{name:<42}{peak / 2**20:>8.0f} MiB")
     report_background(args, folder, model, optimizer, ours)
     for engine, _, _ in ours.values():
         engine.context.close()

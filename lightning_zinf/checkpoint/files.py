@@ -88,7 +88,10 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """Return a whole file."""
-        return bytes(self.fs.cat_file(self.at(name)))
+        try:
+            return bytes(self.fs.cat_file(self.at(name)))
+        except OSError as error:
+            raise _named(error, f"{self.url}/{name}") from error
 
     def replace(self, name: str, content: bytes) -> None:
         """Write a file so that at every instant there is the old one or the new one."""
@@ -243,7 +246,10 @@ class Reader:
     def _fill(self, offset: int, view: memoryview) -> None:
         self._file.seek(offset)
         while view:
-            count = self._file.readinto(view)
+            try:
+                count = self._file.readinto(view)
+            except OSError as error:
+                raise _named(error, self.where) from error
             if not count:
                 raise CheckpointError(f"{self.where} ends at byte {offset}, before its time")
             offset += count
@@ -289,6 +295,13 @@ class Reader:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _named(error: OSError, where: str) -> OSError:
+    """Return an error that says which file it is about; what the system says of reading and writing does not."""
+    if error.filename is not None or error.errno is None:
+        return error
+    return type(error)(error.errno, error.strerror, where)
 
 
 def _damaged(where: str, block: int) -> str:

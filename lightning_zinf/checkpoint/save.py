@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_zinf.checkpoint.claim import Claim
 from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header, write_safetensors
 from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Param
 from lightning_zinf.checkpoint.saving import BackgroundSaving, Plan
@@ -136,6 +137,7 @@ class _Contents:
     module: dict[str, Tensor]
     trainer: memoryview
     aside: str
+    claim: Claim | None
 
     def manifest(self, files: Sequence[FileInfo]) -> Manifest:
         names = self.names
@@ -161,12 +163,14 @@ def _prepare(
     rank = 0 if comm is None else comm.ranks.rank
     token, aside, trainer = uuid.uuid4().hex[:12], "", memoryview(b"")
     own: Exception | None = None
+    claim: Claim | None = None
     if rank == 0:
         try:
             _refuse_changes(engine, checkpoint["state_dict"])
             trainer = _serialized(checkpoint)
             aside = folder.put_aside(token)
             folder.make()
+            claim = Claim(folder)
         except Exception as problem:  # also what cannot be pickled: the other ranks have to know
             own = problem
     mine = [token, "" if own is None else f"rank 0: {own}", bool(aside)]
@@ -187,6 +191,7 @@ def _prepare(
         {} if rank else _others(checkpoint),
         trainer,
         aside,
+        claim,
     )
     if copy_bytes is None:
         copy_bytes = free_host_bytes() // (4 * (1 if comm is None else comm.ranks.local_size))
@@ -228,21 +233,27 @@ def _plan(
 
     def commit(files: Sequence[FileInfo]) -> None:
         before = _files_of(folder)
+        assert contents.claim is not None
+        contents.claim.check(files)
         folder.sync()
         folder.replace(MANIFEST, contents.manifest(files).to_json().encode())
         try:
             if contents.aside:
                 os.unlink(contents.aside)
             stale = before | {name for name in folder.names() if _OURS.fullmatch(name)}
-            folder.remove(sorted(stale - {info.path for info in files}))
+            if named := _files_of(folder):  # which are not these, if another run has committed meanwhile
+                folder.remove(sorted(stale - named))
         except OSError as problem:
             warnings.warn(f"{folder.url} was saved, but what it replaces is still there: {problem}", stacklevel=1)
+        contents.claim.release()
 
     def undo(written: Sequence[FileInfo]) -> None:
         if names.trainer not in _files_of(folder):  # else it is committed, and what failed came after that
             folder.remove([info.path for info in written])
 
     def restore() -> None:
+        if contents.claim is not None:
+            contents.claim.release()
         if contents.aside:
             folder.put_back(contents.aside)
 
