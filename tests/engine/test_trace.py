@@ -170,6 +170,23 @@ def test_the_next_unit_is_read_while_one_computes_if_that_is_wanted(prefetch: bo
     assert late == 0 if prefetch else early == 0
 
 
+def test_a_unit_is_updated_after_its_own_backward_and_before_those_of_others(tmp_path: Path) -> None:
+    recipe = Recipe(accumulate=1, clip_norm=None)
+    with session(ZOO["gpt"], tmp_path, Where("nvme", "nvme", early=True), "bf16-mixed", recipe) as running:
+        trace, grown = traced(running, steps=3)
+    events = trace.events()
+    assert sum(e.stage == "update" for e in events) == grown["updates"]
+    blocks = [e for e in events if e.name.startswith("blocks")]
+    followed = 0
+    for whole in (e for e in events if e.stage == "backward" and e.name == "<root>"):
+        inside = [e for e in blocks if whole.begin < e.begin < ended(whole)]
+        for update in (e for e in inside if e.stage == "update"):
+            (own,) = [e for e in inside if e.stage == "backward" and f"{e.name}/bfloat16" == update.name]
+            assert ended(own) <= update.begin
+            followed += any(e.stage == "backward" and e.begin >= ended(update) for e in inside)
+    assert followed > 0
+
+
 def test_a_trace_changes_nothing(tmp_path: Path) -> None:
     results = []
     for on in (False, True):
