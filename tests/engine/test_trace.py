@@ -91,6 +91,27 @@ def test_bytes_are_those_of_the_counters_and_budgets_hold(where: Where, precisio
     assert bool(weights) == (where.params == "nvme")
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        Where("nvme", "nvme", recompute=True, activations="nvme"),
+        Where("nvme", "nvme", aliased=False, tight=True, activations="nvme", activation_bytes=5 * 8192),
+        Where("none", "none", aliased=False, recompute=True, activations="cpu"),
+    ],
+    ids=str,
+)
+def test_bytes_of_activations_are_in_the_trace_too(where: Where, tmp_path: Path) -> None:
+    with session(ZOO["gpt"], tmp_path, where, "bf16-mixed", Recipe()) as running:
+        trace, grown = traced(running)
+    events = trace.events()
+    for stage, counter in BYTES.items():
+        assert sum(e.nbytes for e in events if e.stage == stage) == grown[counter], stage
+    out = "nvme_write" if where.activations == "nvme" else "d2h"
+    written = sum(e.nbytes for e in events if e.stage == out and e.name == "activations")
+    assert 0 < written <= grown["activation_write_bytes"]
+    assert all(e.end is not None for e in events)
+
+
 def most_under_way(events: list[Event]) -> int:
     return max((nbytes for _, nbytes in under_way(events, {id(e): e.end or 0 for e in events})), default=0)
 
