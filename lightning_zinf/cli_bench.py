@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any
 
+from lightning_zinf.config import nvme_paths
+
 _UNITS = {"flops_bf16": ("TFlop/s", 1e12), "flops_fp32": ("TFlop/s", 1e12)}
 _TEXTS = {
     "adam": "optimizer kernel",
@@ -34,7 +36,8 @@ def add_bench(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = command.add_argument
-    option("--nvme-path", help="folder on the disk to measure; by default $ZINF_NVME_PATH, else ./zinf_nvme")
+    text = "folder on the disk to measure, by default $ZINF_NVME_PATH, else ./zinf_nvme; once for each of several disks"
+    option("--nvme-path", action="append", help=text)
     option("--seconds", type=float, default=1.5, help="time for each figure (1.5)")
     option("--no-save", action="store_true", help="do not keep the figures")
     option("--json", action="store_true", help="print JSON on stdout")
@@ -42,31 +45,27 @@ def add_bench(commands: Any) -> None:
 
 def bench(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Run the command."""
-    from lightning_zinf.planning.cache import save
+    from lightning_zinf.planning.cache import joined, save
     from lightning_zinf.planning.measure import measure_machine
 
     if not given.seconds > 0:
         raise ValueError(f"--seconds must be positive, got {given.seconds}")
-    folder = nvme_folder(given.nvme_path)
-    existed = os.path.isdir(folder)
+    folders = nvme_paths(given.nvme_path, "")
+    new = [folder for folder in folders if not os.path.isdir(folder)]
     start = time.perf_counter()
     try:
-        rates = measure_machine(folder, seconds=given.seconds, say=_say)
+        rates = measure_machine(folders, seconds=given.seconds, say=_say)
     finally:
-        if not existed and os.path.isdir(folder) and not os.listdir(folder):
-            os.rmdir(folder)
+        for folder in new:
+            if os.path.isdir(folder) and not os.listdir(folder):
+                os.rmdir(folder)
     seconds = time.perf_counter() - start
     lines = [f"{_TEXTS[name]:<30} {_shown(name, rate)}" for name, rate in rates.items()]
-    told: dict[str, Any] = {"rates": rates, "seconds": seconds, "folder": os.path.realpath(folder), "file": None}
+    told: dict[str, Any] = {"rates": rates, "seconds": seconds, "folder": joined(folders), "file": None}
     if not given.no_save:
-        told["file"] = str(save(rates, folder))
+        told["file"] = str(save(rates, folders))
         lines.append(f"kept in {told['file']}")
     return told, "\n".join([*lines, f"took {seconds:.0f} s"])
-
-
-def nvme_folder(asked: str | None) -> str:
-    """Return the folder on the disk that is meant."""
-    return asked or os.environ.get("ZINF_NVME_PATH") or "zinf_nvme"
 
 
 def _say(text: str) -> None:

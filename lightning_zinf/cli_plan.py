@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning_zinf.config import nvme_paths
 
 if TYPE_CHECKING:
     from lightning_zinf.memory.planner import Machine, ModelSpec, PlanOptions, Rates
@@ -70,7 +72,8 @@ def add_plan(commands: Any, size: Callable[[str], int]) -> None:
     option("--cluster", metavar="FILE", help="plan for the machines of this .yaml; by default for this one")
     option("--nodes", type=int, metavar="N", help="number of nodes")
     option("--devices", type=int, metavar="N", help="ranks on this machine (1)")
-    option("--nvme-path", help="folder on this machine's disk; by default $ZINF_NVME_PATH, else ./zinf_nvme")
+    text = "folder on this machine's disk, by default $ZINF_NVME_PATH, else ./zinf_nvme; once for each of several disks"
+    option("--nvme-path", action="append", help=text)
     option("--json", action="store_true", help="print JSON on stdout")
     option("--plot", metavar="FILE", help="write a picture of memory by tier and of step time against batch (.png)")
 
@@ -231,11 +234,11 @@ def _lightning_model(given: argparse.Namespace, run: Run, precision: Any) -> Mod
 # ---------------------------------------------------------------------- the machine
 
 
-def this_machine(nvme_path: str | None, devices: int, model: ModelSpec) -> tuple[Machine, list[str]]:
+def this_machine(nvme_path: Sequence[str] | None, devices: int, model: ModelSpec) -> tuple[Machine, list[str]]:
     """Return this machine as it is now, with the rates that ``zinf bench`` has found, and notes for the reader.
 
     Args:
-        nvme_path: Folder on the disk.
+        nvme_path: Folders on disks.
         devices: Ranks.
         model: What is to be trained, which decides by its dtype which rate of compute counts.
     """
@@ -243,20 +246,18 @@ def this_machine(nvme_path: str | None, devices: int, model: ModelSpec) -> tuple
 
     import torch
 
-    from lightning_zinf.cli_bench import nvme_folder
     from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes
     from lightning_zinf.memory.planner import Machine, Rates
     from lightning_zinf.planning.cache import StaleError, load
 
-    folder = Path(nvme_folder(nvme_path)).absolute()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+    folders = [Path(folder).absolute() for folder in nvme_paths(nvme_path, "")]
     cuda = torch.cuda.is_available()
-    notes = [f"memory and disk as they are free now; the disk is that of {folder}"]
+    notes = [f"memory and disk as they are free now; the disk is that of {', '.join(map(str, folders))}"]
     rates = Rates()
     try:
         measured = load()
         rates = _shared(measured.rates, devices, model, cuda)
-        if os.stat(there).st_dev != _device_of(measured.folder):
+        if [_device_of(f) for f in folders] != [_device_of(Path(f)) for f in measured.folder.split(os.pathsep)]:
             notes.append(f"zinf bench measured the disk of {measured.folder}, which is another one")
             rates = replace(rates, nvme_read=None, nvme_write=None, nvme_mixed=None)
     except StaleError as error:
@@ -265,7 +266,7 @@ def this_machine(nvme_path: str | None, devices: int, model: ModelSpec) -> tuple
         platform.node() or "this machine",
         free_device_bytes(torch.device("cuda")) if cuda else 0,
         free_host_bytes(),
-        free_disk_bytes(folder),
+        len(folders) * min(map(free_disk_bytes, folders)),  # striped evenly, so the fullest limits
         rates,
         ranks_per_node=devices,
         aliased=not cuda,
@@ -273,9 +274,8 @@ def this_machine(nvme_path: str | None, devices: int, model: ModelSpec) -> tuple
     return machine, notes
 
 
-def _device_of(folder: str) -> int | None:
-    path = Path(folder)
-    return os.stat(next(p for p in (path, *path.parents) if p.exists())).st_dev
+def _device_of(folder: Path) -> int:
+    return os.stat(next(p for p in (folder, *folder.parents) if p.exists())).st_dev
 
 
 def _shared(measured: dict[str, float], devices: int, model: ModelSpec, cuda: bool) -> Rates:

@@ -27,8 +27,12 @@ PER_STEP_BYTES = (
     "all_reduce_bytes",
     "broadcast_bytes",
     "reused_bytes",
+    "activation_write_bytes",
+    "activation_read_bytes",
+    "activation_reused_bytes",
 )
 _OF_RANKS = ("all_gather_bytes", "reduce_scatter_bytes", "all_reduce_bytes", "broadcast_bytes")
+_OF_ACTIVATIONS = ("activation_write_bytes", "activation_read_bytes", "activation_reused_bytes")
 STALLS = ("stall_read_seconds", "stall_write_seconds", "stall_gather_seconds")
 SINCE_START = ("refills", "faults", "overcommits", "orphaned_slots")
 
@@ -41,7 +45,8 @@ class ZinfMonitorBody(_Base):
 
     - ``zinf/nvme_read_bytes_per_step``, ``zinf/nvme_write_bytes_per_step``, ``zinf/host_to_device_bytes_per_step``,
       ``zinf/device_to_host_bytes_per_step``, and with several ranks ``all_gather``, ``reduce_scatter``, ``all_reduce``
-      and ``broadcast`` in the same way; ``zinf/reused_bytes_per_step``: what did not have to be read
+      and ``broadcast`` in the same way; ``zinf/reused_bytes_per_step``: what did not have to be read; with offloaded
+      activations ``activation_write``, ``activation_read`` and ``activation_reused``
     - ``zinf/stall_read_seconds_per_step``, ``zinf/stall_write_seconds_per_step``,
       ``zinf/stall_gather_seconds_per_step``: how long the computation waited for reads, for writes and for other ranks;
       ``zinf/stall_seconds_per_step``: all of it, and ``zinf/stall_share``: that part of the whole time
@@ -98,7 +103,9 @@ class ZinfMonitorBody(_Base):
         grown = engine.counters.since(self._last)
         seconds = time.perf_counter() - self._last_time
         stall = sum(grown[name] for name in STALLS)
-        moved = PER_STEP_BYTES if engine.context.comm is not None else (n for n in PER_STEP_BYTES if n not in _OF_RANKS)
+        left_out = set(_OF_RANKS if engine.context.comm is None else ())
+        left_out |= set(_OF_ACTIVATIONS if engine.context.activations is None else ())
+        moved = [name for name in PER_STEP_BYTES if name not in left_out]
         metrics = {f"zinf/{name}_per_step": grown[name] / steps for name in (*moved, *STALLS)}
         metrics["zinf/stall_seconds_per_step"] = stall / steps
         metrics["zinf/stall_share"] = stall / seconds if seconds > 0 else 0.0

@@ -100,7 +100,7 @@ class ActivationStore:
         self.nvme = nvme
         self.heap = None if nvme is None else ExtentHeap(nvme)
         self.staging: SlotRing | BlockPool = (
-            BlockPool(allocate, counters) if nvme is None else SlotRing(budget, allocate, counters)
+            BlockPool(allocate, counters) if nvme is None else SlotRing(budget, allocate, counters, "activations")
         )
         self._link = link
         self._counters = counters

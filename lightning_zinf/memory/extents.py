@@ -80,7 +80,7 @@ class ExtentHeap:
     def _grow(self, nbytes: int) -> None:
         size = max(nbytes, self._chunk_bytes, round_up(self.reserved_bytes // 2, SHARD_ALIGNMENT))
         try:
-            extent = self._store.allocate(size)
+            extent = self._store.allocate(size, "activations")
         except OSError as error:
             if hasattr(error, "add_note"):
                 error.add_note(

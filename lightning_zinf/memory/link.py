@@ -12,6 +12,7 @@ The CUDA part has not run on a GPU yet; on a CPU the copies are done when the ca
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,15 +24,17 @@ from lightning_zinf.monitor.counters import Counters
 
 @dataclass
 class Copy:
-    """A copy on a CUDA stream; keeps both ends alive until it is done."""
+    """A copy on a CUDA stream; keeps both ends alive until it is waited for."""
 
     event: Any
     keep: tuple[Tensor, ...] = field(repr=False)
+    nbytes: int
 
     def wait(self, timeout: float | None = None) -> int:
         """Block until the copy is done."""
         self.event.synchronize()
-        return int(self.keep[0].nbytes)
+        self.keep = ()
+        return self.nbytes
 
     def done(self) -> bool:
         """Whether the copy is done."""
@@ -56,6 +59,12 @@ class DeviceLink:
     def down(self, source: Tensor, host: Tensor) -> Copy | None:
         """Copy bytes to host memory; return the copy if it is not done yet."""
         self._counters.device_to_host_bytes += source.nbytes
+        trace = self._counters.trace
+        if trace is None:
+            return self._down(source, host)
+        return trace.request("d2h", "activations", source.nbytes, functools.partial(self._down, source, host))
+
+    def _down(self, source: Tensor, host: Tensor) -> Copy | None:
         if self._down_stream is None:
             host.copy_(source)
             return None
@@ -65,15 +74,20 @@ class DeviceLink:
             done = torch.cuda.Event()
             done.record(self._down_stream)
         source.record_stream(self._down_stream)
-        return Copy(done, (source, host))
+        return Copy(done, (source, host), source.nbytes)
 
     def up(self, host: Tensor) -> tuple[Tensor, Copy | None]:
         """Copy bytes to fresh memory on the device; return it, and the copy if the host's memory is still in use."""
         self._counters.host_to_device_bytes += host.nbytes
         target = torch.empty(host.numel(), dtype=torch.uint8, device=self._device)
+        trace = self._counters.trace
+        submit = functools.partial(self._up, host, target)
+        return target, submit() if trace is None else trace.request("h2d", "activations", host.nbytes, submit)
+
+    def _up(self, host: Tensor, target: Tensor) -> Copy | None:
         if self._up_stream is None:
             target.copy_(host)
-            return target, None
+            return None
         compute = torch.cuda.current_stream(self._device)
         self._up_stream.wait_stream(compute)
         with torch.cuda.stream(self._up_stream):
@@ -82,4 +96,4 @@ class DeviceLink:
             done.record(self._up_stream)
         compute.wait_event(done)
         target.record_stream(self._up_stream)
-        return target, Copy(done, (host,))
+        return Copy(done, (host,), host.nbytes)

@@ -185,9 +185,8 @@ class NvmeStore:
     def read(self, extent: Extent, tensor: Tensor, offset: int = 0, counters: Counters | None = None) -> Ticket:
         """Start to fill ``tensor`` from ``offset`` bytes into ``extent``; other threads count for themselves."""
         self._check(extent, tensor, offset)
-        counters = counters or self._counters
-        counters.nvme_read_bytes += tensor.nbytes
-        trace = counters.trace
+        (counters or self._counters).nvme_read_bytes += tensor.nbytes
+        trace = self._counters.trace
         submit = functools.partial(self._submit, "read", extent, tensor, offset)
         return submit() if trace is None else trace.request("nvme_read", extent.name, tensor.nbytes, submit)
 

@@ -97,6 +97,7 @@ class TileRing:
             if tile is None:  # all are ahead of their time
                 self.drop(self._ahead.popitem()[1])
                 tile = self._free.pop()
+                self._sample()
             self._start(state, index, tile)
             self._queue = [entry for entry in self._queue if entry[0] is not state]
             self._queue.insert(0, (state, index + 1))

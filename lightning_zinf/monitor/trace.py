@@ -112,6 +112,7 @@ class Trace:
         self.levels: list[Level] = []
         self._events: list[Event] = []
         self._under_way: list[tuple[Event, Any]] = []
+        self._lock = threading.Lock()  # several threads may submit requests
         self._open: dict[tuple[Stage, str], Event] = {}
 
     # ------------------------------------------------------------------ recording
@@ -147,7 +148,8 @@ class Trace:
         if ticket is None:
             event.end = time.perf_counter_ns()
         elif self.keep:
-            self._under_way.append((event, ticket))
+            with self._lock:
+                self._under_way.append((event, ticket))
         self._add(event)
         return ticket
 
@@ -184,15 +186,16 @@ class Trace:
 
     def _poll(self) -> None:
         """Close requests that are done, and let go of their tickets."""
-        left: list[tuple[Event, Any]] = []
-        for event, ticket in self._under_way:
-            if not ticket.done():
-                left.append((event, ticket))
-            elif (elapsed := getattr(ticket, "elapsed", None)) is not None:
-                event.end = event.begin + elapsed
-            else:
-                event.close()
-        self._under_way = left
+        with self._lock:
+            left: list[tuple[Event, Any]] = []
+            for event, ticket in self._under_way:
+                if not ticket.done():
+                    left.append((event, ticket))
+                elif (elapsed := getattr(ticket, "elapsed", None)) is not None:
+                    event.end = event.begin + elapsed
+                else:
+                    event.close()
+            self._under_way = left
 
     # ------------------------------------------------------------------ what was recorded
 

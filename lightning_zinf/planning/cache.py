@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Measured:
 
     Attributes:
         rates: Figures by name, in bytes or operations a second.
-        folder: The folder on the disk that was measured.
+        folder: The folder on the disk that was measured, or several with ``os.pathsep`` between them.
         when: Seconds since 1970.
         host: The machine.
         processor: What computes.
@@ -61,8 +61,14 @@ def processor() -> str:
     return f"{platform.machine()}, {os.cpu_count()} processors"
 
 
-def save(rates: Mapping[str, float], folder: str | Path) -> Path:
-    """Keep measurements; return the file."""
+def joined(folders: str | Path | Sequence[str]) -> str:
+    """Return the real paths of folders as one text."""
+    several = [folders] if isinstance(folders, (str, Path)) else folders
+    return os.pathsep.join(os.path.realpath(folder) for folder in several)
+
+
+def save(rates: Mapping[str, float], folders: str | Path | Sequence[str]) -> Path:
+    """Keep measurements of a machine and the folders on its disks; return the file."""
     from lightning_zinf import __version__
 
     file = cache_file()
@@ -70,7 +76,7 @@ def save(rates: Mapping[str, float], folder: str | Path) -> Path:
     data = {
         "format": FORMAT,
         "rates": dict(rates),
-        "folder": os.path.realpath(folder),
+        "folder": joined(folders),
         "when": time.time(),
         "host": platform.node(),
         "processor": processor(),

@@ -10,8 +10,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zinf import ops
+from lightning_zinf.config import IOConfig
+from lightning_zinf.memory.nvme import Extent, NvmeStore
+from lightning_zinf.monitor.counters import Counters
 from lightning_zinf.ops.memory import host_empty
 
 MIB = 2**20
 Progress = Callable[[str], None]
 
 
-def measure_machine(folder: str | Path, *, seconds: float = 1.5, say: Progress = lambda _: None) -> dict[str, float]:
+def measure_machine(
+    folders: str | Path | Sequence[str], *, seconds: float = 1.5, say: Progress = lambda _: None
+) -> dict[str, float]:
     """Measure everything that this machine has.
 
     Args:
-        folder: A folder on the disk that training would use.
+        folders: The folder on the disk that training would use, or several over which state would be striped.
         seconds: Time for each figure, about.
         say: Told the name of each part before it starts.
 
@@ -54,7 +59,7 @@ def measure_machine(folder: str | Path, *, seconds: float = 1.5, say: Progress =
     say("all-gather of two processes")
     found["gather"] = gather_rate(seconds)
     say("disk")
-    found |= disk_rates(folder, seconds)
+    found |= disk_rates(folders, seconds)
     return found
 
 
@@ -177,60 +182,58 @@ def _gather(rank: int, meet: str, nbytes: int, seconds: float, results: Any) -> 
 # ---------------------------------------------------------------------- disk
 
 
-def disk_rates(folder: str | Path, seconds: float, size: int = 256 * MIB, request: int = 16 * MIB) -> dict[str, float]:
+def disk_rates(
+    folders: str | Path | Sequence[str], seconds: float, size: int = 256 * MIB, request: int = 16 * MIB
+) -> dict[str, float]:
     """Return the bytes a second of reading, of writing, and of both at once, past the page cache.
 
     Raises:
-        OSError: If the folder cannot be used.
+        OSError: If a folder cannot be used.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
     found = {}
-    with (
-        tempfile.TemporaryDirectory(dir=folder, prefix="zinf-bench-") as inner,
-        _file(Path(inner) / "a", size) as first,
-        _file(Path(inner) / "b", size) as second,
-    ):
+    with closing(NvmeStore(folders, IOConfig(), Counters())) as store:
+        store.reserve(2 * size)
+        first, second = (_written(store, size) for _ in range(2))
         for name, operations in (("nvme_read", "r"), ("nvme_write", "w"), ("nvme_mixed", "rw")):
             work = list(zip(operations, (first, second), strict=False))
-            found[name] = _stream(work, request, seconds)
+            found[name] = _stream(store, work, request, seconds)
     return found
 
 
-@contextmanager
-def _file(path: Path, size: int) -> Iterator[ops.File]:
-    """Make a file with content: what was only allocated would be read without the drive."""
-    data = host_empty(16 * MIB)
+def _written(store: NvmeStore, size: int) -> Extent:
+    """Return an extent with content: what was only allocated would be read without the drive."""
+    data, extent = host_empty(min(16 * MIB, size)), store.allocate(size)
     data.random_(0, 255)
-    with ops.File(path, size) as file, ops.IOEngine() as engine:
-        for offset in range(0, size, data.nbytes):
-            engine.write(file, offset, data).wait()
+    for offset in range(0, size, data.nbytes):
+        store.write(extent, data, offset).wait()
+    for file in extent.volume.files:
         file.fsync()
-        yield file
+    return extent
 
 
-def _stream(work: Sequence[tuple[str, ops.File]], request: int, seconds: float) -> float:
-    """Return the bytes a second of going over files again and again, each in a thread with three requests ahead."""
+def _stream(store: NvmeStore, work: Sequence[tuple[str, Extent]], request: int, seconds: float) -> float:
+    """Return the bytes a second of going over extents again and again, each in a thread with three requests ahead."""
     moved = [0.0] * len(work)
-    with ops.IOEngine() as engine:
 
-        def run(index: int) -> None:
-            operation, file = work[index]
-            buffers = [host_empty(request).fill_(1) for _ in range(3)]
-            start = engine.read if operation == "r" else engine.write
-            tickets: list[Any] = []
-            begin = time.perf_counter()
-            while time.perf_counter() - begin < seconds:
-                if len(tickets) >= len(buffers):
-                    tickets[-len(buffers)].wait()
-                number = len(tickets)
-                tickets.append(start(file, number % (file.size // request) * request, buffers[number % len(buffers)]))
-            moved[index] = sum(t.wait() for t in tickets) / (time.perf_counter() - begin)
+    def run(index: int) -> None:
+        operation, extent = work[index]
+        buffers = [host_empty(request).fill_(1) for _ in range(3)]
+        start = store.read if operation == "r" else store.write
+        tickets: list[Any] = []
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            if len(tickets) >= len(buffers):
+                tickets[-len(buffers)].wait()
+            number = len(tickets)
+            at = number % (extent.nbytes // request) * request
+            tickets.append(start(extent, buffers[number % len(buffers)], at))
+        moved[index] = sum(t.wait() for t in tickets) / (time.perf_counter() - begin)
 
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(work))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     if not all(moved):
         raise OSError("the disk could not be measured: a transfer failed")
     return sum(moved)

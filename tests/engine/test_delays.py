@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,21 @@ from oracle import Recipe, Result, assert_same
 from lightning_zinf.config import IOConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-RECIPE = Recipe(steps=3)
+
+
+def recipe(where: Where) -> Recipe:
+    """Return a recipe in which an update may be early, if it is to be."""
+    return Recipe(steps=4, clip_norm=None if where.early else 0.5)
+
+
 ALIASED = {"forward", "backward", "nvme_read", "nvme_write", "update"}
 PLACES: dict[Where, set[str]] = {
     Where("nvme", "nvme"): ALIASED,
     Where("nvme", "nvme", tight=True): ALIASED,
     Where("nvme", "nvme", tight=True, prefetch=False): ALIASED,
+    Where("nvme", "nvme", tight=True, early=True): ALIASED,
+    Where("none", "nvme", early=True): ALIASED,
+    Where("nvme", "nvme", aliased=False, tight=True, early=True): ALIASED | {"h2d", "d2h"},
     Where("none", "nvme"): ALIASED,
     Where("nvme", "nvme", aliased=False): ALIASED | {"h2d", "d2h"},
     Where("nvme", "nvme", aliased=False, tight=True): ALIASED | {"h2d", "d2h"},
@@ -32,14 +42,17 @@ def train_delayed(where: Where, precision: str, seed: int, folder: Path, name: s
     """Train with as little memory as there may be, and with what users do in between."""
     memory = least_memory(ZOO[name], precision) if where.tight else None
     io = IOConfig(tile_numel=4096, threads=2, backend="threads")
-    with session(ZOO[name], folder, where, precision, RECIPE, memory=memory, io=io) as running:
+    given = recipe(where)
+    with session(ZOO[name], folder, where, precision, given, memory=memory, io=io) as running:
         with delayed(running.engine, seed) as delays:
-            for step in range(RECIPE.steps):
+            for step in range(given.steps):
                 running.step()
+                if step == 0:  # in which units are watched
+                    refills = running.engine.counters.refills
                 interrupt(running, random.Random(f"{seed} {step}"))
             result = running.result()
         assert set(delays.count) >= PLACES[where]
-        assert running.engine.counters.refills == 0
+        assert refills == running.engine.counters.refills
     return result
 
 
@@ -56,26 +69,27 @@ def interrupt(running: Session, noise: random.Random) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("where", PLACES, ids=str)
-def test_delays_change_nothing(where: Where, seed: int, tmp_path: Path) -> None:
-    expected = train_paged(ZOO["gpt"], tmp_path / "undisturbed", where, "bf16-mixed", RECIPE)
-    assert_same(train_delayed(where, "bf16-mixed", seed, tmp_path), expected)
+def test_delays_change_nothing(where: Where, tmp_path: Path) -> None:
+    expected = train_paged(
+        ZOO["gpt"], tmp_path / "undisturbed", replace(where, early=False), "bf16-mixed", recipe(where)
+    )
+    assert_same(train_delayed(where, "bf16-mixed", 0, tmp_path), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("seed", range(2, 12))
+@pytest.mark.parametrize("seed", range(1, 11))
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("where", PLACES, ids=str)
 def test_delays_change_nothing_ever(where: Where, precision: str, seed: int, tmp_path: Path) -> None:
-    expected = train_paged(ZOO["gpt"], tmp_path / "undisturbed", where, precision, RECIPE)
+    expected = train_paged(ZOO["gpt"], tmp_path / "undisturbed", replace(where, early=False), precision, recipe(where))
     assert_same(train_delayed(where, precision, seed, tmp_path), expected)
 
 
 def test_a_late_request_is_late(tmp_path: Path) -> None:
     """The delays do what they are for: the bytes come only after the delay, whatever the disk does."""
-    with session(ZOO["mlp"], tmp_path, Where("nvme", "nvme"), "32-true", RECIPE) as running:
+    with session(ZOO["mlp"], tmp_path, Where("nvme", "nvme"), "32-true") as running:
         store = running.engine.context.nvme
         extent = store.allocate(4096)
         late = []

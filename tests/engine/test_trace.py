@@ -91,6 +91,27 @@ def test_bytes_are_those_of_the_counters_and_budgets_hold(where: Where, precisio
     assert bool(weights) == (where.params == "nvme")
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        Where("nvme", "nvme", recompute=True, activations="nvme"),
+        Where("nvme", "nvme", aliased=False, tight=True, activations="nvme", activation_bytes=5 * 8192),
+        Where("none", "none", aliased=False, recompute=True, activations="cpu"),
+    ],
+    ids=str,
+)
+def test_bytes_of_activations_are_in_the_trace_too(where: Where, tmp_path: Path) -> None:
+    with session(ZOO["gpt"], tmp_path, where, "bf16-mixed", Recipe()) as running:
+        trace, grown = traced(running)
+    events = trace.events()
+    for stage, counter in BYTES.items():
+        assert sum(e.nbytes for e in events if e.stage == stage) == grown[counter], stage
+    out = "nvme_write" if where.activations == "nvme" else "d2h"
+    written = sum(e.nbytes for e in events if e.stage == out and e.name == "activations")
+    assert 0 < written <= grown["activation_write_bytes"]
+    assert all(e.end is not None for e in events)
+
+
 def most_under_way(events: list[Event]) -> int:
     return max((nbytes for _, nbytes in under_way(events, {id(e): e.end or 0 for e in events})), default=0)
 
@@ -168,6 +189,23 @@ def test_the_next_unit_is_read_while_one_computes_if_that_is_wanted(prefetch: bo
                 late += read.begin >= ended(now)
     assert early + late > 0
     assert late == 0 if prefetch else early == 0
+
+
+def test_a_unit_is_updated_after_its_own_backward_and_before_those_of_others(tmp_path: Path) -> None:
+    recipe = Recipe(accumulate=1, clip_norm=None)
+    with session(ZOO["gpt"], tmp_path, Where("nvme", "nvme", early=True), "bf16-mixed", recipe) as running:
+        trace, grown = traced(running, steps=3)
+    events = trace.events()
+    assert sum(e.stage == "update" for e in events) == grown["updates"]
+    blocks = [e for e in events if e.name.startswith("blocks")]
+    followed = 0
+    for whole in (e for e in events if e.stage == "backward" and e.name == "<root>"):
+        inside = [e for e in blocks if whole.begin < e.begin < ended(whole)]
+        for update in (e for e in inside if e.stage == "update"):
+            (own,) = [e for e in inside if e.stage == "backward" and f"{e.name}/bfloat16" == update.name]
+            assert ended(own) <= update.begin
+            followed += any(e.stage == "backward" and e.begin >= ended(update) for e in inside)
+    assert followed > 0
 
 
 def test_a_trace_changes_nothing(tmp_path: Path) -> None:

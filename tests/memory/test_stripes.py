@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -273,3 +274,34 @@ def test_no_path_is_refused(given: Any) -> None:
 def test_what_is_no_path_is_refused(given: Any) -> None:
     with pytest.raises(TypeError, match="a folder or a list of folders"):
         nvme_paths(given, ".")
+
+
+def test_several_paths_are_measured_as_they_are_used(tmp_path: Path) -> None:
+    from lightning_zinf.planning.cache import joined
+    from lightning_zinf.planning.measure import disk_rates
+
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    rates = disk_rates(folders, 0.02, size=2**21, request=2**20)
+    assert rates.keys() == {"nvme_read", "nvme_write", "nvme_mixed"}
+    assert min(rates.values()) > 0
+    assert [list(Path(folder).iterdir()) for folder in folders] == [[], []]
+    assert joined(folders) == os.pathsep.join(folders)
+    assert joined(folders[0]) == folders[0]
+
+
+def test_plans_count_the_room_of_the_fullest_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_zinf import cli
+    from lightning_zinf.memory import machine
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    room = {"a": 7 * 2**30, "b": 3 * 2**30}
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda folder: room[Path(folder).name])
+    sizes = ["--layers=2", "--hidden=64", "--heads=4", "--seq=16", "--batch=1"]
+    paths = ["--nvme-path", str(tmp_path / "a"), "--nvme-path", str(tmp_path / "b")]
+    assert cli.main(["plan", *sizes, *paths]) == 0
+    assert f"{tmp_path / 'a'}, {tmp_path / 'b'}" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["plan", *sizes, *paths, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"]["nvme_bytes"] == 6 * 2**30

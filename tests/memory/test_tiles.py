@@ -62,7 +62,7 @@ class SlowStore:
         self.order: list[tuple[str, int]] = []
         self._end = 0
 
-    def allocate(self, nbytes: int) -> Piece:
+    def allocate(self, nbytes: int, name: str = "") -> Piece:
         self._end += nbytes
         return Piece(self._end - nbytes)
 
