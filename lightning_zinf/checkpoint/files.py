@@ -301,7 +301,7 @@ def _named(error: OSError, where: str) -> OSError:
     """Return an error that says which file it is about; what the system says of reading and writing does not."""
     if error.filename is not None or error.errno is None:
         return error
-    return type(error)(error.errno, error.strerror, where)
+    return OSError(error.errno, error.strerror, where)  # of the class that the number stands for
 
 
 def _damaged(where: str, block: int) -> str:
