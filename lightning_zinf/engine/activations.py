@@ -39,6 +39,10 @@ STAGING_BYTES = 256 * 2**20
 """Host memory that activations pass through to and from NVMe, unless ``memory.activation_bytes`` says otherwise."""
 
 
+_MANY = 4096
+"""Storages that are known before those that are gone are looked for."""
+
+
 @dataclass(slots=True)
 class Away:
     """A saved tensor whose bytes are in the store."""
@@ -52,7 +56,7 @@ class Away:
 
 @dataclass(slots=True)
 class _Known:
-    """A piece of a storage that is in the store; the reference keeps its address from being given to another."""
+    """A piece of a storage and its like in the store; the reference keeps its address from being given to another."""
 
     storage: Any
     version: int
@@ -90,7 +94,8 @@ class Offload:
         self._in_backward = in_backward
         self._saving_inputs = False
         self._known: dict[tuple[int, int, int], _Known] = {}
-        self._back: dict[int, tuple[Any, weakref.ref[Saved]]] = {}
+        self._back: dict[int, _Known] = {}
+        self._many = _MANY
 
     @contextmanager
     def inputs(self) -> Iterator[None]:
@@ -107,7 +112,7 @@ class Offload:
             return None
         storage = tensor.untyped_storage()
         itemsize, address = tensor.dtype.itemsize, storage._cdata
-        back = self._brought_back(address)
+        back = self._brought_back(address, tensor._version)
         if back is not None:
             return Away(back, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         if self._in_backward() or (self._only_inputs and not self._saving_inputs):
@@ -127,7 +132,7 @@ class Offload:
         with torch.no_grad():
             found = self.store.get(away.saved)
             storage = found.untyped_storage()
-            self._back[storage._cdata] = StorageWeakRef(storage), weakref.ref(away.saved)
+            self._back[storage._cdata] = _Known(StorageWeakRef(storage), found._version, weakref.ref(away.saved))
             itemsize = away.dtype.itemsize
             whole = found[: found.numel() // itemsize * itemsize].view(away.dtype)
             return whole.as_strided(away.size, away.stride, away.offset)
@@ -135,7 +140,8 @@ class Offload:
     def forget(self) -> None:
         """Forget about storages that are no longer in the store."""
         self._known = {k: v for k, v in self._known.items() if v.saved() is not None and not v.storage.expired()}
-        self._back = {k: v for k, v in self._back.items() if v[1]() is not None and not v[0].expired()}
+        self._back = {k: v for k, v in self._back.items() if v.saved() is not None and not v.storage.expired()}
+        self._many = max(_MANY, 2 * len(self._known))
 
     def _plain(self, tensor: Tensor) -> bool:
         """Whether bytes and geometry are all there is to a tensor."""
@@ -148,10 +154,10 @@ class Offload:
             and tensor.numel() > 0
         )
 
-    def _brought_back(self, address: int) -> Saved | None:
+    def _brought_back(self, address: int, version: int) -> Saved | None:
         """Return what a storage was brought back from: saved again (by a backward with a graph), it stays one."""
-        entry = self._back.get(address)
-        return None if entry is None or entry[0].expired() else entry[1]()
+        back = self._back.get(address)
+        return None if back is None or back.version != version or back.storage.expired() else back.saved()
 
     def _stays(self) -> set[int]:
         if self._staying is None:
@@ -166,6 +172,8 @@ class Offload:
             if saved is not None:
                 return saved
         storage = tensor.untyped_storage()
+        if len(self._known) >= self._many:
+            self.forget()
         with torch.no_grad():
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (stop - start,))  # type: ignore[call-overload,unused-ignore]
             saved = self.store.put(flat, tensor)

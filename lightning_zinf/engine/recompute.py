@@ -119,19 +119,19 @@ class _Moment:
     def again(self) -> Iterator[None]:
         """Put the module back to that moment for a while."""
         modes = [(m, m.training) for m, then in zip(self._inside, self._training, strict=True) if m.training != then]
-        copies = {id(then): then.clone() for *_, then in self._before}
+        copies = {id(buffer): then.clone() for _, _, buffer, _, then in self._before}  # one for all of its names
         now = [(m, name, m._buffers[name]) for m, name, *_ in self._before]
         try:
             for m, mode in modes:
                 m.training = not mode
-            for m, name, _, _, then in self._before:
-                m._buffers[name] = copies[id(then)]
+            for m, name, buffer, *_ in self._before:
+                m._buffers[name] = copies[id(buffer)]
             yield
         finally:
             for m, mode in modes:
                 m.training = mode
-            for m, name, buffer in now:
-                m._buffers[name] = buffer
+            for m, name, current in now:
+                m._buffers[name] = current
 
 
 class _Computation:

@@ -212,6 +212,14 @@ class ActivationStore:
             record = saved.record
             if self._closed:
                 raise RuntimeError("backward needs activations of a forward before the model was given back")
+            if record.copy is not None:
+                self._filling.remove(record)
+                self._land(record)
+            if record.changed:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation "
+                    "while it was copied to where activations are kept (offload_activations)"
+                )
             if record.device is None or record.device._version != record.device_version:
                 self._fetch(record)
             if self._link is None:
@@ -225,14 +233,6 @@ class ActivationStore:
 
     def _fetch(self, record: _Record) -> None:
         """Have a record's bytes where compute can read them."""
-        if record.copy is not None:
-            self._filling.remove(record)
-            self._land(record)
-        if record.changed:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation while "
-                "it was copied to where activations are kept (offload_activations)"
-            )
         if record.slot is not None and record.read is None and record.slot.memory._version != record.version:
             self._lent.pop(record, None)
             self._loose.append(record.slot)  # whoever changed it keeps it
@@ -380,6 +380,8 @@ class ActivationStore:
         """
         with self._lock:
             self._collect()
+            while self._filling and (copy := self._filling[0].copy) is not None and copy.done():
+                self._land(self._filling.popleft())
             while self._dead:
                 self._bury(self._dead.popleft())
             closing, self._closing = self._closing, []

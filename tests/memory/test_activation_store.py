@@ -27,7 +27,37 @@ from lightning_zinf.ops import host_empty
 
 IO = IOConfig(threads=2, backend="threads")
 CPU = torch.device("cpu")
-KINDS = ["nvme", "nvme-device", "host-device"]
+KINDS = ["nvme", "nvme-device", "host-device", "nvme-later-device", "host-later-device"]
+
+
+class LaterCopy:
+    """A copy that happens when it is waited for, or seen to be done: what is changed before is copied changed."""
+
+    def __init__(self, source: Tensor, host: Tensor, noise: random.Random) -> None:
+        self._ends, self._noise, self._over = (source, host), noise, False
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self._over:
+            self._ends[1].data.copy_(self._ends[0])  # versions tell when it was asked for, as on a stream
+            self._over = True
+        return self._ends[0].nbytes
+
+    def done(self) -> bool:
+        if self._noise.random() < 0.3:
+            self.wait()
+        return self._over
+
+
+class LaterLink(DeviceLink):
+    """Copies as a stream does: some time after it was asked to."""
+
+    noise = random.Random(0)
+
+    def down(self, source: Tensor, host: Tensor) -> Any:
+        return LaterCopy(source, host, self.noise)
+
+    def up(self, host: Tensor) -> Any:
+        return host.clone(), LaterCopy(host.clone(), torch.empty_like(host), self.noise)
 
 
 class Slow:
@@ -64,7 +94,7 @@ def store_of(
         read, write = nvme.read, nvme.write
         nvme.read = lambda *a: Slow(read(*a), noise)  # type: ignore[assignment,method-assign,misc]
         nvme.write = lambda *a: Slow(write(*a), noise)  # type: ignore[assignment,method-assign,misc]
-    link = DeviceLink(CPU, counters) if kind.endswith("device") else None
+    link = (LaterLink if "later" in kind else DeviceLink)(CPU, counters) if kind.endswith("device") else None
     store = ActivationStore(budget, host_empty, counters, nvme, link)
     try:
         yield store, counters
@@ -101,7 +131,8 @@ def test_any_order_of_calls(kind: str, actions: list[tuple[str, int]], slots: in
                 nbytes = (1, 4096, 5000, 8192)[number % 4]
                 source = content(count, nbytes)
                 saved.append((count, nbytes, put(store, source)))
-                source.zero_()  # it was copied
+                if "later" not in kind:
+                    source.zero_()  # it was copied
                 count, padded = count + 1, padded + round_up(nbytes, SHARD_ALIGNMENT)
             elif action in "ght" and saved:
                 at = len(saved) - 1 if action == "g" and number % 2 else number % len(saved)
@@ -220,6 +251,29 @@ def test_a_read_that_fails_is_named_and_may_be_tried_again(tmp_path: Path) -> No
         assert caught.value.errno == errno.EIO
         store.nvme.read = read  # type: ignore[method-assign]
         assert torch.equal(store.get(handles[0]), content(0, 4096))
+
+
+@pytest.mark.parametrize("kind", ["nvme-later-device", "host-later-device"])
+def test_what_is_changed_while_it_is_copied_is_refused(kind: str, tmp_path: Path) -> None:
+    LaterLink.noise, refused = random.Random(3), 0
+    with store_of(kind, tmp_path, 8 * 4096) as (store, _):
+        for _ in range(20):
+            sources = [content(n, 4096) for n in range(3)]
+            handles = [put(store, source) for source in sources]
+            copying = handles[1].record.copy
+            sources[1].zero_()
+            for number in (0, 2):
+                assert torch.equal(store.get(handles[number]), content(number, 4096))
+            if copying is None:
+                assert torch.equal(store.get(handles[1]), content(1, 4096))
+            else:
+                refused += 1
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    store.get(handles[1])
+        assert 0 < refused < 20
+        del handles
+        store.drain()
+        assert store.live == store.resting_bytes == 0
 
 
 def test_after_close_it_says_so(tmp_path: Path) -> None:
