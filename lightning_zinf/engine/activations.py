@@ -7,9 +7,11 @@ goes to the store (host memory or NVMe), and autograd keeps a ticket. With activ
 recomputed units are worth it, which are what lives long; without, every saved tensor of enough bytes.
 
 Storages are what is kept, each once: two views of one storage, a tensor that is saved by two operators, the output of a
-unit and the input of the next share a copy as long as the storage lives and its version is the same. A small view of a
-large storage (a row of a data set) is kept by itself. Not brought away: weights and buffers of the model, which stay
-in memory anyhow, and what is saved while backward is running, which is about to be used.
+unit and the input of the next share a copy as long as the storage lives and its version is the same. The counter of
+versions has to be the same one, too: what ``unsafe_chunk`` returns (in an LSTM) shares memory, but each piece is
+changed under a counter of its own. So a tensor without memory that shares the counter is kept beside the copy. A small
+view of a large storage (a row of a data set) is kept by itself. Not brought away: weights and buffers of the model,
+which stay in memory anyhow, and what is saved while backward is running, which is about to be used.
 
 What was brought away is as it was when autograd saved it, so changing such a tensor in place does no harm. One that
 stays is refused if it was changed, as autograd does (see ``net.py``).
@@ -21,10 +23,10 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_zinf.config import PartitionConfig
@@ -58,9 +60,26 @@ class Away:
 class _Known:
     """A piece of a storage and its like in the store; the reference keeps its address from being given to another."""
 
-    storage: Any
+    storage: StorageWeakRef
     version: int
+    counter: Tensor
     saved: weakref.ref[Saved]
+
+    @classmethod
+    def of(cls, tensor: Tensor, saved: Saved) -> _Known:
+        """Return what is to be known of a tensor."""
+        counter = tensor.detach()
+        counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return cls(StorageWeakRef(tensor.untyped_storage()), tensor._version, counter, weakref.ref(saved))
+
+    def like(self, tensor: Tensor) -> Saved | None:
+        """Return where the bytes of a tensor are that has the same storage address, if they are the same."""
+        if self.version != tensor._version or self.storage.expired():
+            return None
+        with _unsafe_preserve_version_counter(tensor):
+            torch.autograd.graph.increment_version(tensor)
+            same = self.counter._version == tensor._version
+        return self.saved() if same else None
 
 
 class Offload:
@@ -112,7 +131,7 @@ class Offload:
             return None
         storage = tensor.untyped_storage()
         itemsize, address = tensor.dtype.itemsize, storage._cdata
-        back = self._brought_back(address, tensor._version)
+        back = self._back[address].like(tensor) if address in self._back else None
         if back is not None:
             return Away(back, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         if self._in_backward() or (self._only_inputs and not self._saving_inputs):
@@ -131,8 +150,7 @@ class Offload:
         """Return a saved tensor."""
         with torch.no_grad():
             found = self.store.get(away.saved)
-            storage = found.untyped_storage()
-            self._back[storage._cdata] = _Known(StorageWeakRef(storage), found._version, weakref.ref(away.saved))
+            self._back[found.untyped_storage()._cdata] = _Known.of(found, away.saved)
             itemsize = away.dtype.itemsize
             whole = found[: found.numel() // itemsize * itemsize].view(away.dtype)
             return whole.as_strided(away.size, away.stride, away.offset)
@@ -154,11 +172,6 @@ class Offload:
             and tensor.numel() > 0
         )
 
-    def _brought_back(self, address: int, version: int) -> Saved | None:
-        """Return what a storage was brought back from: saved again (by a backward with a graph), it stays one."""
-        back = self._back.get(address)
-        return None if back is None or back.version != version or back.storage.expired() else back.saved()
-
     def _stays(self) -> set[int]:
         if self._staying is None:
             self._staying = self._find_staying()
@@ -167,17 +180,16 @@ class Offload:
     def _put(self, tensor: Tensor, address: int, start: int, stop: int) -> Saved:
         key = address, start, stop
         known = self._known.get(key)
-        if known is not None and known.version == tensor._version and not known.storage.expired():
-            saved = known.saved()
-            if saved is not None:
-                return saved
+        saved = None if known is None else known.like(tensor)
+        if saved is not None:
+            return saved
         storage = tensor.untyped_storage()
         if len(self._known) >= self._many:
             self.forget()
         with torch.no_grad():
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (stop - start,))  # type: ignore[call-overload,unused-ignore]
             saved = self.store.put(flat, tensor)
-        self._known[key] = _Known(StorageWeakRef(storage), tensor._version, weakref.ref(saved))
+        self._known[key] = _Known.of(tensor, saved)
         return saved
 
 
