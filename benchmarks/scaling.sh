@@ -16,3 +16,4 @@ run --layers 128 --hidden 25600 --heads 256 --batch 4 --units linear $one
 run --layers 128 --hidden 25600 --heads 256 --batch 4 --units linear --update backward $one
 run --layers 128 --hidden 25600 --heads 256 --batch 4 --units linear $one --nodes 6
 run $big $many --update backward
+run $big $many --update backward --offload-params nvme --offload-optimizer nvme --device-bytes 12.4GiB

@@ -23,7 +23,7 @@ from lightning_zinf.engine.recompute import modules_to_recompute
 from lightning_zinf.engine.residence import AliasedWeights, DeviceWeights
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
-from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes
+from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes, stack_bytes
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.planner import Decision, Machine, Plan, PlanOptions, Rates, make_plan
 from lightning_zinf.memory.planner.residency import reduce_bytes
@@ -89,7 +89,7 @@ def partition(
     counters = Counters()
     comm = None if ranks is None or ranks.world_size == 1 else Collectives(ranks, counters)
     drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
-    free = _free_everywhere(config.device, comm)
+    free = _free_everywhere(config.device, comm, stack_bytes(config.io.threads * len(config.nvme_paths)))
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
     model = describe_model(drafts, type(root).__name__)
     plan = make_plan(model, _machine(config, free, comm, aliased=cpu), options_of(config))
@@ -124,8 +124,9 @@ class _Free:
     device: int
 
 
-def _free_everywhere(device: torch.device, comm: Collectives | None) -> _Free:
-    host, on_device = free_host_bytes(), free_device_bytes(device)
+def _free_everywhere(device: torch.device, comm: Collectives | None, threads: int) -> _Free:
+    host = max(0, free_host_bytes() - threads)
+    on_device = host if device.type == "cpu" else free_device_bytes(device)
     if comm is None:
         return _Free(host, on_device)
     ranks = comm.ranks
@@ -163,7 +164,7 @@ def _refuse_what_does_not_fit(plan: Plan, present: int, *, training: bool) -> No
         present: Bytes of host memory that are taken now and will be free.
         training: Whether gradients will come, and with them optimizer state.
     """
-    from lightning_zinf.planning.report import refusal
+    from lightning_zinf.planning.report import human, refusal
 
     if plan.problem is not None:
         raise ValueError(f"{plan.problem}\n{refusal(plan)}")
@@ -171,8 +172,8 @@ def _refuse_what_does_not_fit(plan: Plan, present: int, *, training: bool) -> No
     short = [t for t in plan.tiers if t.tier != "nvme" and t.needed > t.available + (here if t.tier == "host" else 0)]
     if training and short:
         raise ValueError(
-            f"the model does not fit: a step needs {short[0].needed / 2**30:.2f} GiB of {short[0].tier} memory, and "
-            f"{short[0].available / 2**30:.2f} GiB are free\n{refusal(plan)}"
+            f"the model does not fit: a step needs {human(short[0].needed)} of {short[0].tier} memory, and "
+            f"{human(short[0].available)} are free\n{refusal(plan)}"
         )
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+_STACK = 8 * 2**20
+"""What a thread's stack takes where its size is not limited, as glibc has it."""
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -18,6 +20,22 @@ def free_host_bytes() -> int:
     """Return the bytes of host memory that this process can still take under its cgroup and RLIMIT_DATA."""
     free = [_meminfo(), *_cgroup(), *_rlimit()]
     return max(0, min(free))
+
+
+def stack_bytes(threads: int) -> int:
+    """Return the bytes of RLIMIT_DATA that the stacks of further threads will take; 0 where there is no such limit.
+
+    A stack is memory that the limit counts in full and that is hardly used.
+    """
+    try:
+        import resource
+
+        if resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY:
+            return 0
+        size = resource.getrlimit(resource.RLIMIT_STACK)[0]
+        return threads * (_STACK if size == resource.RLIM_INFINITY else size)
+    except ImportError:
+        return 0
 
 
 def check_room(nbytes: int, what: str) -> None:
