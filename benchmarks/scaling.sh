@@ -2,8 +2,8 @@
 # What `zinf plan` says of a trillion parameters on one DGX-2 and of 32 trillion on 32; docs/scaling.md quotes it.
 #   sh benchmarks/scaling.sh > benchmarks/results/scaling.txt
 zinf=${ZINF:-.venv/bin/zinf}
-one="--cluster configs/clusters/dgx2.yaml --vocab 0 --seq 1024 --recompute --checkpoints host"
-many="--cluster configs/clusters/dgx2x32.yaml --vocab 0 --seq 1024 --recompute --checkpoints host"
+one="--cluster configs/clusters/dgx2.yaml --vocab 0 --seq 1024 --recompute --offload-activations cpu"
+many="--cluster configs/clusters/dgx2x32.yaml --vocab 0 --seq 1024 --recompute --offload-activations cpu"
 big="--layers 99 --hidden 163840 --heads 1024 --batch 1 --max-tile-bytes 4GiB"
 run() {
   echo "\$ zinf plan $*"

@@ -58,7 +58,7 @@ def add_plan(commands: Any, size: Callable[[str], int]) -> None:
     for name in ("params", "optimizer"):
         option(f"--offload-{name}", choices=("auto", "none", "cpu", "nvme"), help="(auto)")
     option("--recompute", action="store_true", help="recompute blocks in backward (activation checkpointing)")
-    option("--checkpoints", choices=("device", "host"), default="device", help="where recomputed blocks' inputs wait")
+    option("--offload-activations", choices=("none", "cpu", "nvme"), help="where what waits for backward goes (none)")
     option("--units", choices=("blocks", "linear"), default="blocks", help="what is gathered together")
     option("--max-tile-bytes", type=size, metavar="SIZE", help="what if larger linear layers were cut into tiles")
     option("--clip", action="store_true", help="gradients are clipped by their norm, so updates wait for all of them")
@@ -146,8 +146,8 @@ def _asked(given: argparse.Namespace) -> _Asked:
         stage=given.stage or strategy.get("stage", 3),
         batch=given.batch or (run.batch if run is not None and run.batch else 1),
         accumulate=given.accumulate or (1 if run is None else run.accumulate),
-        recompute=given.recompute,
-        checkpoints=given.checkpoints,
+        recompute=given.recompute or bool(strategy.get("activation_checkpointing")),
+        offload_activations=given.offload_activations or strategy.get("offload_activations", "none"),
         host_bytes=given.host_bytes or memory.get("host_bytes"),
         device_bytes=given.device_bytes or memory.get("device_bytes"),
         clip=given.clip or (run is not None and run.clip),

@@ -175,3 +175,27 @@ def test_plans_name_what_binds() -> None:
     loads_, setting = schedule_of(plan)
     assert len(loads_) == len(model.units)
     assert setting.servers["update"] == setting.servers["compute"] == "cpu"
+
+
+@pytest.mark.parametrize(("offload", "aliased"), [("none", False), ("cpu", False), ("nvme", False), ("nvme", True)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_go_where_they_wait_and_come_back(offload: Any, aliased: bool, recompute: bool) -> None:
+    shape = Shape(layers=4, hidden=64, heads=2, vocab=0, seq=16)
+    model = model_of(shape, "bf16-mixed")
+    rates = Rates(flops=1e9, nvme_read=1e6, nvme_write=1e6, host_to_device=1e6, device_to_host=1e6)
+    machine = Machine("m", 2**30, 2**34, 2**40, rates, aliased=aliased)
+    options = PlanOptions("none", "none", batch=3, accumulate=2, recompute=recompute, offload_activations=offload)
+    plan = make_plan(model, machine, options)
+    kept = 3 * 4 * (64 * 16 * 2 if recompute else next(u.saved_bytes for u in model.units if u.block))
+    name = "inputs of recomputed units" if recompute else "activations"
+    tier = {"none": "device", "cpu": "host", "nvme": "nvme"}[offload]
+    assert [(i.tier, i.nbytes) for i in plan.items if i.what == name] == [(tier, kept)]
+    moved = plan.traffic
+    assert moved.nvme_read == moved.nvme_write == (2 * kept if offload == "nvme" else 0)
+    assert moved.host_to_device == moved.device_to_host == (0 if aliased or offload == "none" else 2 * kept)
+    stays = make_plan(model, machine, PlanOptions("none", "none", batch=3, accumulate=2, recompute=recompute))
+    assert plan.prediction is not None
+    assert stays.prediction is not None
+    assert plan.prediction.seconds >= stays.prediction.seconds
+    for link in ("host_to_device", "device_to_host", "nvme_read", "nvme_write"):
+        assert plan.prediction.busy.get(link, 0.0) == pytest.approx(getattr(moved, link) / 1e6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_zinf.config import Offload
+from lightning_zinf.config import Offload, OffloadActivations
 
 When = Literal["after", "deferred", "backward"]
 """When an update runs: after backward, right before the weights' next use, or as each gradient is complete."""
@@ -21,8 +21,9 @@ class PlanOptions:
         stage: What is partitioned over ranks, as the strategy's option.
         batch: Samples of a micro-batch of one rank.
         accumulate: Micro-batches between two optimizer steps.
-        recompute: Whether units are recomputed in backward (activation checkpointing).
-        checkpoints: Where the inputs of recomputed units wait for backward.
+        recompute: Whether units are recomputed in backward, as ``activation_checkpointing``.
+        offload_activations: Where what is kept for backward waits, as the strategy's option: the inputs of recomputed
+            units, or else all that is saved.
         host_bytes: Budget of host memory, as ``memory.host_bytes``.
         device_bytes: Budget of the accelerator's memory, as ``memory.device_bytes``.
         tile_numel: Elements of state read, updated and written as one piece, as ``io.tile_numel``.
@@ -36,7 +37,7 @@ class PlanOptions:
     batch: int = 1
     accumulate: int = 1
     recompute: bool = False
-    checkpoints: Literal["device", "host"] = "device"
+    offload_activations: OffloadActivations = "none"
     host_bytes: int | None = None
     device_bytes: int | None = None
     tile_numel: int = 2**20

@@ -9,7 +9,7 @@ from lightning_zinf.config import Tier
 from lightning_zinf.memory.placement import ModelSize
 from lightning_zinf.memory.planner.decide import Decision
 from lightning_zinf.memory.planner.machine import Machine
-from lightning_zinf.memory.planner.model import ModelSpec
+from lightning_zinf.memory.planner.model import ModelSpec, UnitSpec
 from lightning_zinf.memory.planner.options import PlanOptions
 from lightning_zinf.memory.planner.residency import under_way
 
@@ -92,11 +92,15 @@ def _gradients(add: _Add, decision: Decision, size: ModelSize, machine: Machine,
 
 
 def _activations(add: _Add, model: ModelSpec, options: PlanOptions) -> None:
-    batch = options.batch
-    if not options.recompute:
-        add("activations", "device", batch * sum(u.saved_bytes for u in model.units))
-        return
-    blocks = [u for u in model.units if u.input_bytes]
-    add("activations", "device", batch * max((u.saved_bytes for u in blocks), default=0))
-    add("activations", "device", batch * sum(u.saved_bytes for u in model.units if not u.input_bytes))
-    add("inputs of recomputed units", options.checkpoints, batch * sum(u.input_bytes for u in blocks))
+    """Count what waits for backward where it waits, and of what is elsewhere the largest unit's while it is used."""
+    tiers: dict[str, Tier] = {"none": "device", "cpu": "host", "nvme": "nvme"}
+    where, batch = tiers[options.offload_activations], options.batch
+    name = "inputs of recomputed units" if options.recompute else "activations"
+    add(name, where, batch * sum(kept_bytes(u, recompute=options.recompute) for u in model.units))
+    if options.recompute or where != "device":
+        add("activations of a unit", "device", batch * max((u.saved_bytes for u in model.units), default=0))
+
+
+def kept_bytes(unit: UnitSpec, *, recompute: bool) -> float:
+    """Return the bytes that a unit keeps of a sample for backward: its input if it is recomputed, else all."""
+    return unit.input_bytes if recompute and unit.block else unit.saved_bytes

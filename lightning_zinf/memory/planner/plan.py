@@ -10,16 +10,18 @@ from lightning_zinf.config import Tier
 from lightning_zinf.memory.placement import ModelSize
 from lightning_zinf.memory.planner.decide import Decision, decide
 from lightning_zinf.memory.planner.machine import Machine, Rates
-from lightning_zinf.memory.planner.model import ModelSpec
+from lightning_zinf.memory.planner.model import ModelSpec, UnitSpec
 from lightning_zinf.memory.planner.options import PlanOptions, When
-from lightning_zinf.memory.planner.peaks import Item, items
+from lightning_zinf.memory.planner.peaks import Item, items, kept_bytes
 from lightning_zinf.memory.planner.residency import Resident, Sizes, held_in_memory, least_moved
 from lightning_zinf.memory.planner.schedule import Prediction, Setting, UnitLoad, predict
 from lightning_zinf.memory.planner.traffic import (
     Traffic,
+    activation_traffic,
     gather_traffic,
     gradient_traffic,
     step_traffic,
+    times,
     update_traffic,
 )
 
@@ -179,6 +181,8 @@ def make_plan(model: ModelSpec, machine: Machine, options: PlanOptions | None = 
         stage=options.stage,
         accumulate=options.accumulate,
     )
+    for unit in model.units:
+        traffic += times(_leaves(unit, machine, options), options.accumulate)
     plan = Plan(model, machine, options, size, decision, listed, traffic, None, problem)
     if machine.rates == Rates():
         return plan
@@ -224,6 +228,12 @@ def schedule_of(plan: Plan) -> tuple[list[UnitLoad], Setting]:
     return loads, setting
 
 
+def _leaves(unit: UnitSpec, machine: Machine, options: PlanOptions) -> Traffic:
+    """Return what a unit's activations move between the forward and the backward of a micro-batch."""
+    nbytes = options.batch * kept_bytes(unit, recompute=options.recompute)
+    return activation_traffic(nbytes, options.offload_activations, aliased=machine.aliased)
+
+
 def _load(plan: Plan, index: int, buffers: Sequence[Resident]) -> UnitLoad:
     machine, options, rates = plan.machine, plan.options, plan.machine.rates
     aliased, world, stage = machine.aliased, plan.world_size, options.stage
@@ -244,6 +254,7 @@ def _load(plan: Plan, index: int, buffers: Sequence[Resident]) -> UnitLoad:
         gather,
         gradient,
         after,
+        leaves=_leaves(unit, machine, options),
         forward_seconds=forward,
         backward_seconds=forward * (3 if options.recompute and unit.block else 2),
         update_seconds=kernel / rates.adam if rates.adam else 0.0,

@@ -47,6 +47,7 @@ class UnitLoad:
         gather: Bytes of one gather.
         gradient: Bytes of its gradients in one backward.
         update: Bytes of an update, beside a gather.
+        leaves: Bytes of activations that go out after forward, and come back before backward.
         forward_seconds: Compute of the forward of a micro-batch.
         backward_seconds: Compute of its backward, with recomputation.
         update_seconds: Time of the optimizer's kernel.
@@ -61,6 +62,7 @@ class UnitLoad:
     gather: Traffic = field(default_factory=Traffic)
     gradient: Traffic = field(default_factory=Traffic)
     update: Traffic = field(default_factory=Traffic)
+    leaves: Traffic = field(default_factory=Traffic)
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     update_seconds: float = 0.0
@@ -137,6 +139,7 @@ class Schedule:
         self._written: dict[int, list[int]] = {}  # tasks after which they, and its state, can be read again
         self._computed: list[int] = []  # the last compute, which the next comes after
         self._graded: dict[int, list[int]] = {}  # tasks that end a unit's gradients
+        self._gone: dict[int, list[int]] = {}  # tasks after which a unit's activations are where they wait
         self._barrier: list[int] = []  # the end of backward and of updates "after"
         self._kept = self._keep(self.loads[::-1])
         self._kept_first = self._keep(self.loads)
@@ -180,6 +183,8 @@ class Schedule:
             if given:
                 self._resident.discard(index)
             self._compute(f"{unit.name} forward {step}.{micro}", unit.forward_seconds, ready, given)
+            out = self._move(f"{unit.name} out", {"device_to_host": unit.leaves.device_to_host}, self._computed)
+            self._gone[index] = self._move(f"{unit.name} out", {"nvme_write": unit.leaves.nvme_write}, out)
 
     def _backward(self, step: int, micro: int) -> None:
         last = micro == self.setting.accumulate - 1
@@ -187,6 +192,8 @@ class Schedule:
             unit = self.loads[index]
             name = f"{unit.name} backward {step}.{micro}"
             ready = self._fetch(index, name) if unit.gathers > 1 else []
+            back = self._move(f"{name} in", {"nvme_read": unit.leaves.nvme_read}, self._gone[index])
+            ready = ready + self._move(f"{name} in", {"host_to_device": unit.leaves.host_to_device}, back)
             stays = index in self._kept_first and (self.setting.keeps or not last)
             held = index in self._resident and bool(_slot(unit)) and not stays
             if held:

@@ -94,7 +94,11 @@ def _moves(case: _Case, finer: ModelSpec | None) -> list[Move]:
         text = "offload_params='nvme', offload_optimizer='nvme'"
         moves.append((text, lambda c: c.with_options(offload_params="nvme", offload_optimizer="nvme", stage=3)))
     if not options.recompute and any(u.input_bytes for u in case.model.units):
-        moves.append(("recompute blocks in backward", lambda c: c.with_options(recompute=True)))
+        moves.append(("activation_checkpointing=True", lambda c: c.with_options(recompute=True)))
+    if options.offload_activations == "none" and not case.machine.aliased:
+        moves.append(("offload_activations='cpu'", lambda c: c.with_options(offload_activations="cpu")))
+    if options.offload_activations != "nvme" and case.machine.nvme_bytes:
+        moves.append(("offload_activations='nvme'", lambda c: c.with_options(offload_activations="nvme")))
     if options.host_bytes or options.device_bytes:
         moves.append(("no memory.host_bytes and memory.device_bytes", _unbounded))
     if finer is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
+from lightning_zinf.config import OffloadActivations
 from lightning_zinf.memory.planner.residency import Resident
 
 
@@ -101,6 +102,12 @@ def step_traffic(
         total += times(gradient, accumulate if world_size == 1 else backwards)
         total += update_traffic(buffer, aliased=aliased, world_size=world_size, stage=stage)
     return total
+
+
+def activation_traffic(nbytes: float, offload: OffloadActivations, *, aliased: bool) -> Traffic:
+    """Return what activations of so many bytes move between forward and backward."""
+    apart, on_disk = (nbytes if wanted else 0 for wanted in (offload != "none" and not aliased, offload == "nvme"))
+    return Traffic(nvme_read=on_disk, nvme_write=on_disk, host_to_device=apart, device_to_host=apart)
 
 
 def times(traffic: Traffic, count: float) -> Traffic:
