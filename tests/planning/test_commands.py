@@ -132,14 +132,14 @@ def test_bench_measures_and_keeps(
     """With the measuring itself replaced: it has a test of its own."""
     asked: list[Any] = []
 
-    def measured(folder: str, *, seconds: float, say: Any) -> dict[str, float]:
-        asked.append((folder, seconds))
+    def measured(folders: tuple[str, ...], *, seconds: float, say: Any) -> dict[str, float]:
+        asked.append((folders, seconds))
         return RATES
 
     monkeypatch.setattr(measure, "measure_machine", measured)
     assert main(["bench", "--nvme-path", str(tmp_path), "--seconds", "0.5"]) == 0
     out = capsys.readouterr().out
-    assert asked == [(str(tmp_path), 0.5)]
+    assert asked == [((str(tmp_path),), 0.5)]
     assert "optimizer kernel" in out
     assert "50.00 GB/s" in out
     assert cache.load().rates == RATES
