@@ -27,8 +27,13 @@ _FULL_PRECISION_MODULES = (nn.modules.batchnorm._BatchNorm,)
 """Their kernels want float32 parameters beside their float32 running statistics, as FSDP keeps them too."""
 
 
-def check_parameters(root: nn.Module, trained: Collection[int]) -> None:
+def check_parameters(root: nn.Module, trained: Collection[int], *, planned: bool = False) -> None:
     """Refuse parameters that cannot be partitioned.
+
+    Args:
+        root: The model.
+        trained: ``id`` of each parameter that an optimizer has.
+        planned: The model is only to be planned for, so its parameters need no values.
 
     Raises:
         ValueError: With the parameter's name and what to do.
@@ -44,7 +49,8 @@ def check_parameters(root: nn.Module, trained: Collection[int]) -> None:
                 f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: the zinf strategy partitions plain "
                 "tensors only (DTensor parameters of tensor parallelism and quantized subclasses are not supported)"
             )
-        paging.refuse_meta("parameter", name, param)
+        if not planned:
+            paging.refuse_meta("parameter", name, param)
         if id(param) in trained and param.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"parameter {name!r} has dtype {param.dtype}, which the zinf strategy does not train: use float32 or "

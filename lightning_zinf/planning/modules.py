@@ -99,7 +99,7 @@ def describe_module(
         ConfigError: If its parameters cannot be partitioned.
     """
     try:
-        check_parameters(module, set())
+        check_parameters(module, set(), planned=True)
         plans = find_units(module, unit_bytes or MemoryConfig().unit_bytes, tuple(units))
     except ValueError as error:
         raise ConfigError(str(error)) from error
