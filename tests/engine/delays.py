@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor, nn
 
 from lightning_zinf.comm.group import Reduction
@@ -107,9 +108,20 @@ def delayed(engine: Engine, seed: int) -> Iterator[Delays]:
 
             return start
 
-        if context.has_nvme:
-            replace(context.nvme, "read", late("nvme_read", context.nvme.read))
-            replace(context.nvme, "write", late("nvme_write", context.nvme.write))
+        activations = context.activations
+        for store in (context._nvme, None if activations is None else activations.nvme):
+            if store is not None:
+                replace(store, "read", late("nvme_read", store.read))
+                replace(store, "write", late("nvme_write", store.write))
+        if activations is not None and activations._link is not None:
+            link, copy_down = activations._link, activations._link._down
+
+            def down(source: Tensor, host: Tensor) -> Late:
+                torch.autograd.graph.increment_version(host)  # as a copy on a stream does when it is submitted
+                return Late(pool, delays.draw("d2h"), source, functools.partial(copy_down, source, host.data))
+
+            replace(link, "_down", down)
+            replace(link, "_up", delays.before("h2d", link._up))
         original = context._download
 
         def download(device: Tensor, host: Tensor) -> Late:
