@@ -85,8 +85,17 @@ def test_the_bits_of_training_without(name: str, where: Where, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize(("name", "where"), [(n, w) for n in ZOO for w in ways(n)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "precision", "where"),
+    [
+        (name, precision, where)
+        for name in ZOO
+        for precision in ("32-true", "bf16-mixed", "16-mixed")
+        if (name, precision) != ("bfloat16-born", "16-mixed")  # torch has no such LayerNorm
+        for where in ways(name)
+    ],
+    ids=str,
+)
 def test_the_bits_of_training_without_on_every_model(name: str, precision: str, where: Where, tmp_path: Path) -> None:
     check_bits(name, precision, where, tmp_path)
 
@@ -504,7 +513,7 @@ def test_small_tensors_stay(tmp_path: Path) -> None:
 
     config = PartitionConfig(
         torch.device("cpu"),
-        nvme_path=str(tmp_path),
+        nvme_paths=(str(tmp_path),),
         memory=MemoryConfig(activation_min_bytes=4 * LENGTH * 2 * WIDTH * 4),
         offload_activations="nvme",
     )
