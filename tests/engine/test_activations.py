@@ -85,8 +85,17 @@ def test_the_bits_of_training_without(name: str, where: Where, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize(("name", "where"), [(n, w) for n in ZOO for w in ways(n)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "precision", "where"),
+    [
+        (name, precision, where)
+        for name in ZOO
+        for precision in ("32-true", "bf16-mixed", "16-mixed")
+        if (name, precision) != ("bfloat16-born", "16-mixed")  # torch has no such LayerNorm
+        for where in ways(name)
+    ],
+    ids=str,
+)
 def test_the_bits_of_training_without_on_every_model(name: str, precision: str, where: Where, tmp_path: Path) -> None:
     check_bits(name, precision, where, tmp_path)
 

@@ -21,7 +21,7 @@ CHUNK = 8 * SHARD_ALIGNMENT
 class Chunks:
     """Stands for a store: sizes are all that the heap asks for."""
 
-    def allocate(self, nbytes: int) -> int:
+    def allocate(self, nbytes: int, what: str) -> int:
         return nbytes
 
 
@@ -62,7 +62,7 @@ def test_a_second_round_reserves_nothing(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_to_be_full_of_activations() -> None:
     class Full:
-        def allocate(self, nbytes: int) -> None:
+        def allocate(self, nbytes: int, what: str) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", "here")
 
     heap = ExtentHeap(Full())  # type: ignore[arg-type]
