@@ -309,7 +309,7 @@ class Pager:
         unit = self.unit_with(buffer)
         self.early.touched(unit)
         if unit.state is not UnitState.RESIDENT:
-            self.counters.refills += 1
+            self.counters.refills += not buffer.persistent  # what is in place costs nothing
             self.gather([unit])
         return buffer.weights.flat()
 
