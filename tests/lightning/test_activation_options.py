@@ -96,7 +96,7 @@ def test_what_was_chosen_is_printed(tmp_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO"):
         fitted(tmp_path, activation_checkpointing=True, offload_activations="nvme")
     assert "2 modules are recomputed in backward, their inputs on nvme" in caplog.text
-    assert "staging for activations" in caplog.text
+    assert "on nvme (by way of 256.00 MiB of host memory)" in caplog.text
 
 
 @pytest.mark.parametrize(
