@@ -78,10 +78,13 @@ def train_delayed(rank: int, size: int, folder: Path, where: Where, setting: Set
 
 
 def traffic(running: Session) -> dict[str, int]:
-    """Return the bytes that went between ranks, and what this rank keeps."""
+    """Return the bytes that went between ranks, what this rank keeps, and what was planned of both."""
     buffers = [b for unit in running.engine.units for b in unit.buffers]
-    counters = running.engine.counters
+    counters, plan = running.engine.counters, running.engine.plan
     return {
+        "planned_gather_bytes": int(plan.traffic.all_gather),
+        "planned_reduce_bytes": int(plan.traffic.reduce_scatter),
+        "planned_state": sum(n for _, plane, _, n in plan.residency() if plane != "weight"),
         "all_gather_bytes": counters.all_gather_bytes,
         "reduce_scatter_bytes": counters.reduce_scatter_bytes,
         "reused_bytes": counters.reused_bytes,

@@ -21,7 +21,9 @@ def test_bytes_of_a_step(stage: int, precision: str, tmp_path: Path) -> None:
     where = Where("none", "none", prefetch=True)
     found = pool(2).run(ranks.train, "mlp", tmp_path, where, precision, recipe, Setting(2, stage), ranks.traffic)
     for _, seen in found:
-        assert seen["reduce_scatter_bytes"] == STEPS * seen["weights"]
+        assert seen["reduce_scatter_bytes"] == STEPS * seen["weights"] == STEPS * seen["planned_reduce_bytes"]
+        assert seen["planned_gather_bytes"] == seen["weights"] * (2 if stage == 3 else 1)
+        assert seen["planned_state"] == seen["state"]
         if stage < 3:
             assert seen["all_gather_bytes"] == STEPS * seen["weights"]
             assert seen["resident"] == seen["weights"]
