@@ -337,7 +337,8 @@ def describe_activations(engine: Engine) -> str:
     count = 0 if engine.activations is None else len(engine.activations.recomputed)
     place = {"none": "the device", "cpu": "host memory", "nvme": "nvme"}[engine.config.offload_activations]
     store = engine.context.activations
-    staging = "" if store is None else f" (by way of {store.budget / 2**20:.2f} MiB of host memory)"
+    if store is not None and store.nvme is not None:
+        place += f" (by way of {store.budget / 2**20:.0f} MiB of host memory)"
     if not count:
-        return f"activations on {place}{staging}"
-    return f"{count} modules are recomputed in backward, their inputs on {place}{staging}"
+        return f"activations on {place}"
+    return f"{count} modules are recomputed in backward, their inputs on {place}"
