@@ -82,8 +82,8 @@ class CheckpointsPart(RanksPart):
 
         During ``fit`` a sharded checkpoint is being written while training goes on; see ``wait_for_checkpoints``.
         """
-        self.wait_for_checkpoints()
         if not self.saves_shards:
+            self.wait_for_checkpoints()
             aside = self._put_shards_aside(filepath)
             try:
                 super().save_checkpoint(checkpoint, filepath, storage_options)

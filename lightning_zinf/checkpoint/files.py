@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -105,6 +106,17 @@ class Folder:
             os.fsync(file.fileno())
         os.replace(temporary, self.at(name))
         self.sync()
+
+    def link(self, source: Folder, name: str) -> None:
+        """Have a file of another local folder here too: the same one where the file system can, else a copy."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.at(name))
+        try:
+            os.link(source.at(name), self.at(name))
+        except OSError:
+            shutil.copyfile(source.at(name), self.at(name))
+            with open(self.at(name), "rb+") as file:
+                os.fsync(file.fileno())
 
     def sync(self) -> None:
         """Have the names of new files on disk."""

@@ -10,35 +10,46 @@ folder without a manifest is not a checkpoint.
 What is saved is the state as it is when ``save`` is called. Planes are read later, by other threads, while training
 goes on (``engine/snapshot.py``, ``stream.py``, ``saving.py``); everything else is serialized at once. Saving in the
 foreground is the same, and waits for the end.
+
+ModelCheckpoint often saves one state twice, under its own name and as the last. Shard files are never written to again,
+so the second checkpoint, if nothing has changed since, is links to the files of the first, made after its commit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import io
 import json
 import os
 import re
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_zinf.checkpoint.claim import Claim
-from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header, write_safetensors
-from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Param
-from lightning_zinf.checkpoint.saving import BackgroundSaving, Plan
+from lightning_zinf.checkpoint.contents import (
+    Contents,
+    Names,
+    describe,
+    layout,
+    optimizer_names,
+    others,
+    refuse_changes,
+    serialized,
+    write_bytes,
+)
+from lightning_zinf.checkpoint.files import Folder, write_safetensors
+from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest
+from lightning_zinf.checkpoint.saving import AnotherError, BackgroundSaving, Plan
 from lightning_zinf.checkpoint.stream import Destination, destination, places, write_shard
 from lightning_zinf.config import IOConfig
 from lightning_zinf.engine.snapshot import Snapshot
 from lightning_zinf.memory.machine import free_host_bytes
-from lightning_zinf.memory.state import LOW_PLANES, plane_dtype
 from lightning_zinf.monitor.counters import Counters
-from lightning_zinf.optim.state_dict import owned_params
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -46,28 +57,6 @@ if TYPE_CHECKING:
 
 _OURS = re.compile(r"(shard-[0-9a-f]{12}-\d+-of-\d+|module-[0-9a-f]{12})\.safetensors|trainer-[0-9a-f]{12}\.pt")
 """Names that only a save gives: what one that was killed left behind. Other files in the folder are not ours."""
-
-
-@dataclass(frozen=True)
-class Names:
-    """Names of the files of one save."""
-
-    token: str
-    shards: int
-
-    def shard(self, number: int) -> str:
-        """Return the name of a shard file."""
-        return f"shard-{self.token}-{number:05d}-of-{self.shards:05d}.safetensors"
-
-    @property
-    def module(self) -> str:
-        """Name of the file with tensors that are in no buffer."""
-        return f"module-{self.token}.safetensors"
-
-    @property
-    def trainer(self) -> str:
-        """Name of the file with the rest."""
-        return f"trainer-{self.token}.pt"
 
 
 def placeholders(engine: Engine) -> dict[str, Tensor]:
@@ -94,7 +83,7 @@ def save(
 ) -> None:
     """Save a checkpoint; with several ranks, all of them call this with the same path.
 
-    One that is still being saved is waited for first.
+    One that is still being saved is waited for first, unless it has the same state: then its files are used.
 
     Args:
         engine: The model's engine.
@@ -112,38 +101,18 @@ def save(
             by a later step, or by ``engine.saving.wait()``.
         ValueError: If a hook renamed weights or put others in their place.
     """
-    if engine.saving is not None:
-        engine.saving.wait()
     folder = Folder(path, storage_options)
-    if folder.local:
-        engine.release_host()
-    else:
+    engine.release_host()
+    if engine.saving is not None:
+        if background and _same_again(engine, checkpoint, folder, optimizers, versions):
+            return
+        engine.saving.wait()
+    if not folder.local:
         engine.flush()  # files elsewhere are written from their beginning, so all of it has to be there
     plan, at_once = _prepare(engine, checkpoint, folder, optimizers, versions, copy_bytes)
     saving = BackgroundSaving(engine, plan)
     if at_once or not background:
         saving.wait()
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What a checkpoint has beside the planes."""
-
-    names: Names
-    buffers: tuple[Buffer, ...]
-    keys: tuple[str, ...]
-    optimizers: tuple[tuple[str, ...], ...]
-    versions: dict[str, str]
-    module: dict[str, Tensor]
-    trainer: memoryview
-    aside: str
-    claim: Claim | None
-
-    def manifest(self, files: Sequence[FileInfo]) -> Manifest:
-        names = self.names
-        shards = tuple(names.shard(i) for i in range(names.shards))
-        rest = (self.keys, self.optimizers, self.versions, tuple(files))
-        return Manifest(shards, names.module, names.trainer, self.buffers, *rest)
 
 
 def _prepare(
@@ -166,8 +135,8 @@ def _prepare(
     claim: Claim | None = None
     if rank == 0:
         try:
-            _refuse_changes(engine, checkpoint["state_dict"])
-            trainer = _serialized(checkpoint)
+            refuse_changes(engine, checkpoint["state_dict"])
+            trainer = serialized(checkpoint)
             aside = folder.put_aside(token)
             folder.make()
             claim = Claim(folder)
@@ -181,14 +150,14 @@ def _prepare(
         if own is not None and not isinstance(own, OSError):
             raise own
         raise OSError(f"{folder.url} was not saved: {error}") from own
-    buffers = _describe(engine, set(checkpoint["state_dict"]), with_state=bool(optimizers))
-    contents = _Contents(
+    buffers = describe(engine, set(checkpoint["state_dict"]), with_state=bool(optimizers))
+    contents = Contents(
         Names(token, shards),
         tuple(b for _, b in buffers),
         tuple(checkpoint["state_dict"]),
-        _optimizer_names(engine, optimizers, {p.names[0]: p for _, b in buffers for p in b.params}),
+        optimizer_names(engine, optimizers, {p.names[0]: p for _, b in buffers for p in b.params}),
         versions,
-        {} if rank else _others(checkpoint),
+        {} if rank else others(checkpoint),
         trainer,
         aside,
         claim,
@@ -202,13 +171,13 @@ def _plan(
     engine: Engine,
     folder: Folder,
     rank: int,
-    contents: _Contents,
+    contents: Contents,
     buffers: Sequence[tuple[FlatBuffer, Buffer]],
     copy_bytes: int,
 ) -> Plan:
     shards, names, io_config = engine.context.shards, contents.names, engine.config.io
     kept = buffers if rank < shards else ()  # the other ranks have copies of the same
-    head, sizes = _layout([b for _, b in kept], shards)
+    head, sizes = layout([b for _, b in kept], shards)
     where, nbytes = places(head, sizes)
     pairs = [(buffer, own) for (buffer, _), own in zip(kept, where, strict=True)]
     snapshot = Snapshot(pairs, copy_bytes, in_order=not folder.local)
@@ -225,27 +194,11 @@ def _plan(
                 written.append(info)
             if rank == 0:
                 written.append(write_safetensors(folder, names.module, contents.module))
-                written.append(_write_bytes(folder, names.trainer, contents.trainer))
+                written.append(write_bytes(folder, names.trainer, contents.trainer))
         except BaseException:
             folder.remove([info.path for info in written])
             raise
         return written, moved
-
-    def commit(files: Sequence[FileInfo]) -> None:
-        before = _files_of(folder)
-        assert contents.claim is not None
-        contents.claim.check(files)
-        folder.sync()
-        folder.replace(MANIFEST, contents.manifest(files).to_json().encode())
-        try:
-            if contents.aside:
-                os.unlink(contents.aside)
-            stale = before | {name for name in folder.names() if _OURS.fullmatch(name)}
-            if named := _files_of(folder):  # which are not these, if another run has committed meanwhile
-                folder.remove(sorted(stale - named))
-        except OSError as problem:
-            warnings.warn(f"{folder.url} was saved, but what it replaces is still there: {problem}", stacklevel=1)
-        contents.claim.release()
 
     def undo(written: Sequence[FileInfo]) -> None:
         if names.trainer not in _files_of(folder):  # else it is committed, and what failed came after that
@@ -257,7 +210,90 @@ def _plan(
         if contents.aside:
             folder.put_back(contents.aside)
 
-    return Plan(folder, snapshot, write, commit, undo, restore)
+    return Plan(folder, snapshot, contents, write, functools.partial(_commit, folder, contents), undo, restore)
+
+
+def _commit(folder: Folder, contents: Contents, files: Sequence[FileInfo]) -> None:
+    """Make a checkpoint complete whose files are on disk, and remove those of an older one."""
+    before = _files_of(folder)
+    assert contents.claim is not None
+    contents.claim.check(files)
+    folder.sync()
+    folder.replace(MANIFEST, contents.manifest(files).to_json().encode())
+    try:
+        if contents.aside:
+            os.unlink(contents.aside)
+        stale = before | {name for name in folder.names() if _OURS.fullmatch(name)}
+        if named := _files_of(folder):  # which are not these, if another run has committed meanwhile
+            folder.remove(sorted(stale - named))
+    except OSError as problem:
+        warnings.warn(f"{folder.url} was saved, but what it replaces is still there: {problem}", stacklevel=1)
+    contents.claim.release()
+
+
+def _same_again(
+    engine: Engine,
+    checkpoint: Mapping[str, Any],
+    folder: Folder,
+    optimizers: Sequence[torch.optim.Optimizer],
+    versions: dict[str, str],
+) -> bool:
+    """Have a checkpoint made of the files of the one that is being saved, if it is of the same state, on all ranks."""
+    saving = engine.saving
+    if not isinstance(saving, BackgroundSaving) or not (folder.local and saving.plan.folder.local):
+        return False
+    first: Contents = saving.plan.contents
+    buffers = tuple(b for _, b in describe(engine, set(checkpoint["state_dict"]), with_state=bool(optimizers)))
+    names = optimizer_names(engine, optimizers, {p.names[0]: p for b in buffers for p in b.params})
+    same = (buffers, tuple(checkpoint["state_dict"]), names) == (first.buffers, first.keys, first.optimizers)
+    same = same and os.path.realpath(folder.path) != os.path.realpath(saving.plan.folder.path)
+    if not all(_exchange(engine, json.dumps(same and saving.plan.snapshot.current))):
+        return False
+    taken = False
+    if engine.context.comm is None or engine.context.comm.ranks.rank == 0:
+        try:
+            own = dataclasses.replace(
+                first,
+                names=dataclasses.replace(first.names, own=uuid.uuid4().hex[:12]),
+                module=others(checkpoint),
+                trainer=serialized(checkpoint),
+                versions=versions,
+                aside="",
+                claim=None,
+            )
+            refuse_changes(engine, checkpoint["state_dict"])
+            beside = functools.partial(_save_beside, saving.plan.folder, folder, own)
+            taken = not os.path.isfile(folder.path) and saving.also(beside)
+        except Exception:  # what cannot be pickled: saving it on its own tells all ranks
+            taken = False
+    return bool(_exchange(engine, json.dumps(taken))[0])
+
+
+def _save_beside(source: Folder, folder: Folder, contents: Contents, files: Sequence[FileInfo]) -> None:
+    """Make a complete checkpoint whose shards are those of another.
+
+    Raises:
+        AnotherError: If it cannot be; what was there before stays.
+    """
+    shards = [info for info in files if info.path in {contents.names.shard(i) for i in range(contents.names.shards)}]
+    made: list[str] = []
+    try:
+        folder.make()
+        contents = dataclasses.replace(contents, claim=Claim(folder))
+        for info in shards:
+            made.append(info.path)
+            folder.link(source, info.path)
+        made.append(contents.names.module)
+        rest = [write_safetensors(folder, contents.names.module, contents.module)]
+        made.append(contents.names.trainer)
+        rest.append(write_bytes(folder, contents.names.trainer, contents.trainer))
+        _commit(folder, contents, [*shards, *rest])
+    except OSError as problem:
+        if contents.names.trainer not in _files_of(folder):
+            folder.remove(made)
+        if contents.claim is not None:
+            contents.claim.release()
+        raise AnotherError(f"{folder.url} was not saved: {problem}") from problem
 
 
 def _begin(folder: Folder, name: str, io_config: IOConfig, nbytes: int) -> Destination:
@@ -277,83 +313,3 @@ def _exchange(engine: Engine, told: str) -> list[Any]:
     if engine.rounds is None:
         return [json.loads(told)]
     return [json.loads(a) for a in engine.rounds.meet("saving a checkpoint", told.encode())]
-
-
-def _describe(engine: Engine, kept: set[str], *, with_state: bool) -> list[tuple[FlatBuffer, Buffer]]:
-    names: dict[int, list[str]] = {}
-    for name, param in engine.root.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(name)
-    found: list[tuple[FlatBuffer, Buffer]] = []
-    for unit in engine.units:
-        for number, buffer in enumerate(unit.buffers):
-            params = tuple(
-                Param(tuple(names[id(p)]), shape, offset, NAMES[buffer.view_dtype])
-                for p, shape, offset in zip(buffer.params, buffer.layout.shapes, buffer.layout.offsets, strict=True)
-                if kept & set(names[id(p)])
-            )
-            if params:
-                planes = {"weight": NAMES[buffer.compute_dtype]}
-                planes.update({p: NAMES[plane_dtype(p)] for p in _planes(buffer, with_state)})
-                label = f"{unit.name or '<root>'}#{number}"
-                found.append((buffer, Buffer(label, buffer.layout.padded_numel, planes, params)))
-    return found
-
-
-def _planes(buffer: FlatBuffer, with_state: bool) -> list[str]:
-    if buffer.state is None:
-        return []
-    return [p for p in buffer.state.planes if with_state or p in (*LOW_PLANES, "ema")]
-
-
-def _layout(buffers: Sequence[Buffer], shards: int) -> tuple[bytes, list[dict[str, int]]]:
-    """Return the header of a shard file, and the bytes of each plane of each buffer in it."""
-    tensors = {f"{b.name}/{p}": (dtype, (b.numel // shards,)) for b in buffers for p, dtype in b.planes.items()}
-    sizes = [{p: DTYPES[d].itemsize * (b.numel // shards) for p, d in b.planes.items()} for b in buffers]
-    return header(tensors), sizes
-
-
-def _others(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return copies of the tensors that are in no buffer."""
-    found = {n: v for n, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and not v.is_meta}
-    return {n: v.detach().cpu().clone() for n, v in found.items()}
-
-
-def _refuse_changes(engine: Engine, state: Mapping[str, Any]) -> None:
-    """Refuse a state dict in which weights have other names or values than they have: shards hold them as they are."""
-    params = engine.root.named_parameters(remove_duplicate=False)
-    ours = {name for name, param in params if engine.unit_of(param) is not None}
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.is_meta == (name in ours):
-            continue
-        what = f"put other values in the place of {name!r}" if name in ours else f"gave a weight the name {name!r}"
-        raise ValueError(
-            f"a hook that edits checkpoint['state_dict'] {what}. A sharded checkpoint has the weights as they are, "
-            "less the names that are removed: pass state_dict_type='full' to ZinfStrategy, or edit what is loaded"
-        )
-
-
-def _serialized(checkpoint: Mapping[str, Any]) -> memoryview:
-    content = io.BytesIO()
-    torch.save({key: value for key, value in checkpoint.items() if key != "state_dict"}, content)
-    return content.getbuffer()
-
-
-def _write_bytes(folder: Folder, name: str, content: memoryview) -> FileInfo:
-    writer = Writer(folder, name)
-    try:
-        writer.write(content)
-        return writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
-
-
-def _optimizer_names(
-    engine: Engine, optimizers: Sequence[torch.optim.Optimizer], saved: Mapping[str, Param]
-) -> tuple[tuple[str, ...], ...]:
-    first: dict[int, str] = {}
-    for name, param in engine.root.named_parameters():
-        first[id(param)] = name
-    return tuple(
-        tuple(first[id(p)] for p in owned_params(optimizer) if first[id(p)] in saved) for optimizer in optimizers
-    )

@@ -11,6 +11,9 @@ ranks meet anyway (before an optimizer step, a batch, a barrier): all see what a
 3. If anything fails on any rank, all stop, remove what they have written, and raise the same. What was there before
    stays, also what was to be removed after the commit.
 
+A checkpoint of the same state under another name (ModelCheckpoint's ``last.ckpt``, right after the best one) is made of
+the same files, after the first commit: ``also``.
+
 ``wait`` does the same steps without training in between. With one rank the thread commits by itself.
 """
 
@@ -40,6 +43,10 @@ _MEETING = "saving a checkpoint"
 _RUNNING: weakref.WeakSet[BackgroundSaving] = weakref.WeakSet()
 
 
+class AnotherError(OSError):
+    """What went wrong with a checkpoint that is made of another's files, which is complete."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a rank does to save a checkpoint.
@@ -47,6 +54,7 @@ class Plan:
     Attributes:
         folder: The checkpoint.
         snapshot: This rank's shard.
+        contents: What the checkpoint has beside the planes.
         write: Writes this rank's files; returns them, and what was read for them.
         commit: Makes the checkpoint complete, given the files of all ranks. For rank 0.
         undo: Removes this rank's files.
@@ -55,6 +63,7 @@ class Plan:
 
     folder: Folder
     snapshot: Snapshot
+    contents: Any
     write: Callable[[], tuple[list[FileInfo], Counters]]
     commit: Callable[[Sequence[FileInfo]], None]
     undo: Callable[[Sequence[FileInfo]], None]
@@ -71,7 +80,7 @@ class BackgroundSaving:
 
     def __init__(self, engine: Engine, plan: Plan) -> None:
         self._engine = engine
-        self._plan = plan
+        self.plan = plan
         self._rank = 0 if engine.context.comm is None else engine.context.comm.ranks.rank
         self._lock = threading.Lock()
         self._state = "writing"
@@ -79,6 +88,7 @@ class BackgroundSaving:
         self._files: list[FileInfo] = []
         self._moved = Counters()
         self._gathered = False
+        self._more: list[Callable[[Sequence[FileInfo]], None]] = []
         self._removals: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._write, name="zinf-save", daemon=True)
         _RUNNING.add(self)
@@ -94,20 +104,25 @@ class BackgroundSaving:
 
     def _write(self) -> None:
         with self._noting_failure(), torch.inference_mode(False), torch.no_grad():
-            self._files, self._moved = self._plan.write()
+            self._files, self._moved = self.plan.write()
             if self._engine.rounds is None:
                 self._commit(self._files)
             else:
                 self._state = "written"
 
     def _commit(self, files: Sequence[FileInfo]) -> None:
-        self._plan.commit(files)
+        self.plan.commit(files)
         while True:
             with self._lock:
-                if not self._removals:
+                more = self._more.pop(0) if self._more else None
+                if more is None and not self._removals:
                     self._state = "committed"
                     return
-                removal = self._removals.pop(0)
+                removal = self._removals.pop(0) if more is None else None
+            if more is not None:
+                more(files)
+                continue
+            assert removal is not None
             try:
                 removal()
             except OSError as problem:
@@ -122,11 +137,19 @@ class BackgroundSaving:
         try:
             yield
         except BaseException as error:
-            self._plan.snapshot.stop()
+            self.plan.snapshot.stop()
             self._error = error
             self._state = "failed"
 
     # ------------------------------------------------------------------ on the training thread
+
+    def also(self, more: Callable[[Sequence[FileInfo]], None]) -> bool:
+        """Do something with the files of all ranks after the commit; False if it is too late. For rank 0."""
+        with self._lock:
+            if self._state in ("committed", "failed"):
+                return False
+            self._more.append(more)
+            return True
 
     def defer(self, removal: Callable[[], None]) -> bool:
         """Do something when the checkpoint is complete, and never if it cannot be saved; False if it is complete."""
@@ -139,7 +162,7 @@ class BackgroundSaving:
     def settle(self) -> None:
         """See :class:`lightning_zinf.engine.snapshot.Saving`."""
         pager = self._engine.pager
-        for unit in dict.fromkeys(pager.unit_with(buffer) for buffer in self._plan.snapshot.due()):
+        for unit in dict.fromkeys(pager.unit_with(buffer) for buffer in self.plan.snapshot.due()):
             pager.catch_up(unit)
 
     def poll(self, place: str) -> None:
@@ -163,7 +186,7 @@ class BackgroundSaving:
 
     def abandon(self) -> None:
         """Give it up on this rank alone, unless rank 0 has all that it needs for the commit."""
-        self._plan.snapshot.stop()
+        self.plan.snapshot.stop()
         self._thread.join()
         if self._state != "committed" and not (self._gathered and self._rank):
             self._undo()
@@ -177,6 +200,8 @@ class BackgroundSaving:
             OSError: On all ranks, if any has failed.
         """
         error = "" if self._error is None else f"rank {self._rank}: {self._error}"
+        if self._error is not None and not isinstance(self._error, AnotherError):
+            error = f"{self.plan.folder.url} was not saved: {error}"
         said = [[self._state, error]]
         if self._engine.rounds is not None:
             said = [json.loads(a) for a in self._engine.rounds.meet(place, json.dumps(said[0]).encode())]
@@ -198,7 +223,7 @@ class BackgroundSaving:
             self._thread.start()
 
     def _fail(self, why: str) -> None:
-        self._plan.snapshot.stop()
+        self.plan.snapshot.stop()
         self._thread.join()
         self._undo()
         self._end()
@@ -207,19 +232,19 @@ class BackgroundSaving:
         self._restore()
         if self._error is not None and not isinstance(self._error, OSError):
             raise self._error
-        raise OSError(f"{self._plan.folder.url} was not saved: {why}") from self._error
+        raise OSError(why) from self._error
 
     def _undo(self) -> None:
         with contextlib.suppress(OSError):  # the disk that failed may fail again
-            self._plan.undo(self._files)
+            self.plan.undo(self._files)
 
     def _restore(self) -> None:
         with contextlib.suppress(OSError):
-            self._plan.restore()
+            self.plan.restore()
 
     def _end(self) -> None:
-        self._plan.snapshot.stop()
-        for held in self._plan.snapshot.held:
+        self.plan.snapshot.stop()
+        for held in self.plan.snapshot.held:
             if held.buffer.held is held:
                 held.buffer.held = None
         self._engine.counters.nvme_read_bytes += self._moved.nvme_read_bytes

@@ -92,6 +92,7 @@ class FlatBuffer:
         self.gradients: Gradients = WholeGradients(self) if context.comm is None else ShardedGradients(self)
         self.gathered_low: Tensor | None = None
         self.held: Held | None = None
+        self.changes = 0  # optimizer steps captured, and times that code outside of compute may have changed planes
         self._master: Tensor | None = None
         self._opened_low: Tensor | None = None
         self._opened_checksum = 0
@@ -142,6 +143,11 @@ class FlatBuffer:
     def flips(self) -> bool:
         """Whether what compute sees is not what updates act on, so that the user's changes have to be taken over."""
         return (self.split and self.view_dtype != self.compute_dtype) or self.weights.mirrored
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the weights are plain parameters in place, which code may change without our seeing it."""
+        return self.persistent and not self.flips
 
     @property
     def trained(self) -> bool:
@@ -236,8 +242,14 @@ class FlatBuffer:
 
     def before_change(self, plane: str | None = None) -> None:
         """Let a checkpoint that is being saved have a plane, or all of them, as they are before a change."""
+        self.changes += 1
         if self.held is not None:
             self.held.before_change(plane)
+
+    def defer(self, update: Update) -> None:
+        """Take an update that is to be applied when the buffer is next settled."""
+        self.pending.append(update)
+        self.changes += 1
 
     def touched(self) -> None:
         """Note that the weights changed: saved tensors of an older graph are no longer what they were."""

@@ -364,7 +364,7 @@ class Pager:
         with torch.inference_mode(False), torch.no_grad():
             if unit.state is UnitState.HOST:
                 self.close_host(unit)
-            buffer.pending.append(update)
+            buffer.defer(update)
             if buffer.deferred:
                 self.release(unit, stale=True)
                 self.has_pending = True
@@ -384,7 +384,7 @@ class Pager:
             return
         with torch.inference_mode(False), torch.no_grad():
             for buffer, update in updates:
-                buffer.pending.append(update)
+                buffer.defer(update)
             if unit.persistent or unit.state is UnitState.RESIDENT:
                 for buffer, _ in updates:
                     buffer.settle()

@@ -150,6 +150,7 @@ class Snapshot:
         self._urgent: Held | None = None
         self._spare: list[Tensor] = []
         self.held = [Held(self, buffer, places) for buffer, places in buffers]
+        self._changes = [held.buffer.changes for held in self.held]
         self._not_ready = len(self.held)
         for held in self.held:
             held.buffer.held = held
@@ -177,7 +178,7 @@ class Snapshot:
             if self._in_order:
                 self._queue.extend(works)
                 self._changed.notify_all()
-        if buffer.persistent and not buffer.flips:
+        if buffer.unseen:
             self.let_go(held, "weight")
         with self._changed:  # only now, so that there is no reader to wait for while there is room for copies
             self._not_ready -= 1
@@ -234,6 +235,11 @@ class Snapshot:
         with torch.no_grad():
             memory[: piece.nbytes].view(piece.dtype).copy_(piece.memory)
         return memory
+
+    @property
+    def current(self) -> bool:
+        """Whether another snapshot would be the same, as far as we can see."""
+        return not any(h.buffer.unseen or h.buffer.changes != n for h, n in zip(self.held, self._changes, strict=True))
 
     def due(self) -> list[FlatBuffer]:
         """Return the buffers with updates that have to be applied before they are ready."""

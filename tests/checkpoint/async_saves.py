@@ -130,6 +130,32 @@ def train(
     return everything(model, running), saves.under_way
 
 
+class SavesTwice(Callback):
+    """Saves the same state twice, and once more after a change."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step in (3, 5):
+            for number in range(3):
+                if number == 2:
+                    with torch.no_grad():
+                        pl_module.head.bias.data.mul_(0.5)
+                trainer.save_checkpoint(self.folder / f"{number}.ckpt")
+
+
+def save_twice(rank: int, size: int, folder: Path, setting: str, background: bool) -> tuple[Any, list[dict[str, Any]]]:
+    """Train and save each state twice; return everything at the end, and what the checkpoints have and are made of."""
+    model = net(Model)
+    options = CheckpointConfig(async_save=background)
+    running = trainer(folder, strategy(setting, checkpoint=options), devices=size, callbacks=[SavesTwice(folder)])
+    with dawdling(rank):
+        running.fit(model, loader(8 * size))
+    return everything(model, running), [contents(folder / f"{i}.ckpt") for i in range(3)] if rank == 0 else []
+
+
 def fail_in_the_background(rank: int, size: int, folder: Path) -> tuple[str, list[str], bool]:
     """A disk is full on the last rank while training goes on; then it has room again."""
     put = LocalFile.put

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import lightning_zinf
 from lightning_zinf import CheckpointConfig
+from lightning_zinf.checkpoint.files import Folder
 from lightning_zinf.checkpoint.source import Checkpoint
 from lightning_zinf.checkpoint.stream import LocalFile
 
@@ -82,6 +83,62 @@ def test_what_was_saved_resumes(tmp_path: Path) -> None:
     assert_same(everything(resumed, again), everything(model, used))
 
 
+# ---------------------------------------------------------------------- twice
+
+
+def inodes(path: Path) -> set[int]:
+    return {p.stat().st_ino for p in path.glob("shard-*")}
+
+
+@pytest.mark.parametrize(("size", "setting"), [(1, "nvme"), (2, "nvme"), (1, "none")])
+def test_one_state_under_two_names(tmp_path: Path, size: int, setting: str) -> None:
+    """The second has the files of the first, unless weights in place could have changed unseen."""
+    after, found = run(size, async_saves.save_twice, tmp_path / "back", setting, True)[0]
+    expected, others = run(size, async_saves.save_twice, tmp_path / "fore", setting, False)[0]
+    assert_same(after, expected)
+    for ours, theirs in zip(found, others, strict=True):
+        assert_same(ours, theirs)
+    first, second, changed = (inodes(tmp_path / f"back/{i}.ckpt") for i in range(3))
+    assert len(first) == size
+    assert (first == second) == (setting == "nvme")
+    assert not first & changed
+    assert all(len(list((tmp_path / f"back/{i}.ckpt").iterdir())) == 3 + size for i in range(3))  # older ones are gone
+
+
+def test_the_best_and_the_last(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, filename="{step}", save_last=True)
+    used = trainer(tmp_path, strategy("nvme"), callbacks=[saves], enable_checkpointing=True)
+    with dawdling():
+        used.fit(net(Model), loader(8))
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["last.ckpt", "step=6.ckpt"]
+    assert inodes(tmp_path / "saved/last.ckpt") == inodes(tmp_path / "saved/step=6.ckpt")
+    with Checkpoint(tmp_path / "saved/last.ckpt") as last, Checkpoint(tmp_path / "saved/step=6.ckpt") as best:
+        assert last.trainer()["global_step"] == best.trainer()["global_step"] == 6
+    assert_same(contents(tmp_path / "saved/last.ckpt"), contents(tmp_path / "saved/step=6.ckpt"))
+
+
+def test_a_second_name_that_cannot_be_written(tmp_path: Path) -> None:
+    """The first is complete, and what the second name had before stays."""
+    link = Folder.link
+
+    def full(self: Any, source: Any, name: str) -> None:
+        if (tmp_path / "1.ckpt/manifest.json").exists():
+            raise OSError(28, "No space left on device")
+        link(self, source, name)
+
+    used = trainer(tmp_path, strategy("nvme"), callbacks=[async_saves.SavesTwice(tmp_path)])
+    with (
+        mock.patch.object(Folder, "link", full),
+        pytest.raises(OSError, match=r"[^,]*1.ckpt was not saved: \[Errno 28\]"),
+    ):
+        used.fit(net(Model), loader(8))
+    for number, step in enumerate((5, 3)):
+        assert contents(tmp_path / f"{number}.ckpt")
+        with Checkpoint(tmp_path / f"{number}.ckpt") as source:
+            assert source.trainer()["global_step"] == step
+        assert len(list((tmp_path / f"{number}.ckpt").iterdir())) == 4
+
+
 # ---------------------------------------------------------------------- removals
 
 
@@ -134,6 +191,7 @@ def test_who_needs_a_complete_checkpoint_waits(tmp_path: Path) -> None:
             elif trainer.global_step == 3:
                 trainer.strategy.load_checkpoint(path)
             elif trainer.global_step == 4:
+                pl_module.head.bias.data.add_(1)
                 trainer.save_checkpoint(tmp_path / "other.ckpt")
             if trainer.global_step in (2, 3, 4):
                 assert (path / "manifest.json").exists()
