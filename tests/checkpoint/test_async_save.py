@@ -50,23 +50,25 @@ def compare(size: int, folder: Path, setting: str, precision: str, copy_bytes: i
         assert_same(contents(folder / f"back/{step}.ckpt"), contents(folder / f"fore/{step}.ckpt"))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("setting", ["none", "cpu", "nvme"])
-def test_the_bits_of_saving_in_the_foreground(tmp_path: Path, setting: str, precision: str) -> None:
-    compare(1, tmp_path, setting, precision, None)
-
-
 @pytest.mark.parametrize(
-    ("setting", "precision"), [("none", "bf16-mixed"), ("nvme", "32-true"), ("stage-2", "32-true")]
+    ("size", "setting", "precision"),
+    [
+        (1, "none", "32-true"),
+        (1, "cpu", "bf16-mixed"),
+        (1, "nvme", "32-true"),
+        (2, "none", "bf16-mixed"),
+        (2, "nvme", "32-true"),
+        (2, "copies", "32-true"),
+    ],
 )
-def test_the_bits_on_two_ranks(tmp_path: Path, setting: str, precision: str) -> None:
-    compare(2, tmp_path, setting, precision, None)
+def test_the_bits_of_saving_in_the_foreground(tmp_path: Path, size: int, setting: str, precision: str) -> None:
+    compare(size, tmp_path, setting, precision, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("copy_bytes", [1, None])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("setting", ["none", "cpu", "nvme", "stage-2", "stage-1"])
+@pytest.mark.parametrize("setting", ["none", "cpu", "nvme", "stage-2", "stage-1", "copies"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_bits_everywhere(tmp_path: Path, size: int, setting: str, precision: str, copy_bytes: int | None) -> None:
     compare(size, tmp_path, setting, precision, copy_bytes)

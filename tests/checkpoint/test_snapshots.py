@@ -31,6 +31,8 @@ PLACES = {
     "state on nvme": Where("none", "nvme"),
     "mirrored": Where("none", "nvme", aliased=False),
     "nvme": Where("nvme", "nvme", tight=True),
+    "in backward": Where("nvme", "nvme", early=True),
+    "part in memory": Where("nvme", "nvme", share=0.5),
     "nvme and device": Where("nvme", "nvme", aliased=False, tight=True),
 }
 ACTIONS = ["step", "save", "read", "change", "evaluate", "moments", "flush"]
@@ -91,8 +93,11 @@ def act(running: Session, action: str, number: int) -> None:
         running.engine.flush()
 
 
-def check(place: str, name: str, precision: str, actions: list[str], copy_bytes: int, recipe: Recipe) -> None:
+def check(
+    place: str, name: str, precision: str, actions: list[str], copy_bytes: int, recipe: Recipe | None = None
+) -> None:
     """Every checkpoint has what there was when it was saved, and training is as if none had been."""
+    recipe = recipe or Recipe(accumulate=1, clip_norm=None if PLACES[place].early else 0.5)
     with tempfile.TemporaryDirectory() as folder:
         root, expected = Path(folder), []
         with session(ZOO[name], root / "plain", PLACES[place], precision, recipe) as running:
@@ -122,20 +127,23 @@ def check(place: str, name: str, precision: str, actions: list[str], copy_bytes:
 USUAL = ["step", "save", "step", "change", "save", "read", "change", "step", "evaluate", "save", "moments", "step"]
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_training_goes_on_while_it_is_saved(place: str) -> None:
+    check(place, "gpt", "32-true" if "nvme" in place else "bf16-mixed", USUAL, 1 << 30)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("place", PLACES)
-def test_training_goes_on_while_it_is_saved(place: str, precision: str) -> None:
-    check(place, "gpt", precision, USUAL, 1 << 30, Recipe(accumulate=1))
+def test_everywhere_in_all_precisions(place: str, precision: str) -> None:
+    check(place, "gpt", precision, USUAL, 1 << 30)
 
 
-@pytest.mark.parametrize("name", ["mixture", "late", "encoder-decoder", "frozen"])
-@pytest.mark.parametrize("copy_bytes", [0, 20000])
-def test_no_deadlock_where_there_is_little_room_for_copies(name: str, copy_bytes: int) -> None:
+@pytest.mark.parametrize("name", ["mixture", "late", "encoder-decoder"])
+def test_no_deadlock_where_there_is_little_room_for_copies(name: str) -> None:
     """Units that steps use in other orders than the file has them, or not at all, or only from some step on."""
-    for place in ("memory", "nvme"):
-        check(
-            place, name, "32-true", ["step", "save", "step", "step", "save", "step"], copy_bytes, Recipe(accumulate=1)
-        )
+    for place, copy_bytes in (("memory", 0), ("memory", 20000), ("nvme", 0)):
+        check(place, name, "32-true", ["step", "save", "step", "step", "save", "step"], copy_bytes)
 
 
 def test_optimizers_whose_state_changes_when_they_are_applied() -> None:
@@ -152,17 +160,17 @@ SEQUENCES = {
 }
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(**SEQUENCES)
 def test_any_sequence(place: str, name: str, precision: str, actions: list[str], copy_bytes: int) -> None:
-    check(place, name, precision, ["step", *actions], copy_bytes, Recipe(accumulate=1))
+    check(place, name, precision, ["step", *actions], copy_bytes)
 
 
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(**SEQUENCES)
 def test_many_sequences(place: str, name: str, precision: str, actions: list[str], copy_bytes: int) -> None:
-    check(place, name, precision, ["step", *actions], copy_bytes, Recipe(accumulate=1))
+    check(place, name, precision, ["step", *actions], copy_bytes)
 
 
 @given(first=st.binary(max_size=200), second=st.binary(max_size=200))
@@ -170,7 +178,7 @@ def test_checksums_of_parts_are_combined(first: bytes, second: bytes) -> None:
     assert combined(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_checksums_of_blocks_in_any_order(data: Any) -> None:
     size = data.draw(st.integers(1, 3)) * BLOCK_BYTES + data.draw(st.integers(-5000, 5000))
