@@ -109,8 +109,6 @@ class Folder:
 
     def link(self, source: Folder, name: str) -> None:
         """Have a file of another local folder here too: the same one where the file system can, else a copy."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.at(name))
         try:
             os.link(source.at(name), self.at(name))
         except OSError:

@@ -281,8 +281,9 @@ def _save_beside(source: Folder, folder: Folder, contents: Contents, files: Sequ
         folder.make()
         contents = dataclasses.replace(contents, claim=Claim(folder))
         for info in shards:
-            made.append(info.path)
-            folder.link(source, info.path)
+            if not folder.exists(info.path):  # else it is the same: an older manifest may name it
+                made.append(info.path)
+                folder.link(source, info.path)
         made.append(contents.names.module)
         rest = [write_safetensors(folder, contents.names.module, contents.module)]
         made.append(contents.names.trainer)

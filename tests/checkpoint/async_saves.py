@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_zinf import CheckpointConfig
 from lightning_zinf.checkpoint.source import Checkpoint
-from lightning_zinf.checkpoint.stream import LocalFile
+from lightning_zinf.checkpoint.stream import LocalFile, RemoteFile
 from lightning_zinf.engine.snapshot import Snapshot
 from lightning_zinf.memory import pieces
 from lightning_zinf.memory.nvme import NvmeStore
@@ -56,6 +56,7 @@ def dawdling(seed: int = 0, longest: float = 0.004, numel: int = 4096) -> Iterat
     """Have threads that save, and writes to NVMe, wait now and then; pieces are small."""
     chance = random.Random(seed)
     take, put, write = Snapshot.take, LocalFile.put, NvmeStore.write
+    remote = RemoteFile.put
 
     def slow_write(*arguments: Any) -> Any:
         return Late(functools.partial(write, *arguments), chance.random() * longest)
@@ -71,7 +72,12 @@ def dawdling(seed: int = 0, longest: float = 0.004, numel: int = 4096) -> Iterat
         if chance.random() < 0.5:
             time.sleep(chance.random() * longest)
 
+    def slow_remote(self: Any, at: int, content: Tensor) -> None:
+        time.sleep(chance.random() * longest)
+        remote(self, at, content)
+
     with (
+        mock.patch.object(RemoteFile, "put", slow_remote),
         mock.patch.object(Snapshot, "take", slow_take),
         mock.patch.object(LocalFile, "put", slow_put),
         mock.patch.object(NvmeStore, "write", slow_write),
@@ -100,7 +106,7 @@ def contents(path: Any) -> dict[str, Tensor]:
 class SavesOften(Callback):
     """Saves after some steps, and changes a weight right after."""
 
-    def __init__(self, folder: Path, every: int) -> None:
+    def __init__(self, folder: Path | str, every: int) -> None:
         super().__init__()
         self.folder = folder
         self.every = every
@@ -108,7 +114,7 @@ class SavesOften(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.global_step % self.every == 0:
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+            trainer.save_checkpoint(f"{self.folder}/{trainer.global_step}.ckpt")
             self.under_way.append(trainer.strategy.engine.saving is not None)
             with torch.no_grad():
                 pl_module.head.bias.data.mul_(0.5)

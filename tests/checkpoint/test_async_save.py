@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,6 +73,23 @@ def test_the_bits_of_saving_in_the_foreground(tmp_path: Path, size: int, setting
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_bits_everywhere(tmp_path: Path, size: int, setting: str, precision: str, copy_bytes: int | None) -> None:
     compare(size, tmp_path, setting, precision, copy_bytes)
+
+
+def test_remote_folders_in_the_background(tmp_path: Path) -> None:
+    """Written in order, with copies of what training changes meanwhile; or training waits."""
+    expected: list[dict[str, Tensor]] = []
+    for setting, copy_bytes in (("none", None), ("none", 1), ("nvme", None)):
+        root = f"memory://{uuid.uuid4().hex}"
+        saves = async_saves.SavesOften(root, 3)
+        options = CheckpointConfig(copy_bytes=copy_bytes)
+        model, used = net(Model), trainer(tmp_path, strategy(setting, checkpoint=options), callbacks=[saves])
+        with dawdling():
+            used.fit(model, loader(8))
+        assert saves.under_way == [True, True]
+        found = [contents(f"{root}/{step}.ckpt") for step in (3, 6)] + [everything(model, used)]
+        for ours, theirs in zip(found, expected or found, strict=True):
+            assert_same(ours, theirs)
+        expected = expected or found
 
 
 def test_what_was_saved_resumes(tmp_path: Path) -> None:
