@@ -71,7 +71,9 @@ class LocalFile:
         self._nbytes = nbytes
         self._sums = BlockSums(nbytes)
         self._file = File(self._path, nbytes, unlink=False, direct=io.direct)
-        self._engine = IOEngine(threads=THREADS, queue_depth=io.queue_depth, block_bytes=io.block_bytes)
+        self._engine = IOEngine(
+            threads=THREADS, queue_depth=io.queue_depth, block_bytes=io.block_bytes, backend=io.backend
+        )
 
     def put(self, at: int, content: Tensor) -> None:
         """See :class:`Destination`."""

@@ -308,6 +308,21 @@ def test_the_checkpoint_before_stays(tmp_path: Path, caught: bool) -> None:
     assert contents(tmp_path / "a.ckpt")
 
 
+def test_the_end_of_fit_raises(tmp_path: Path) -> None:
+    def full(self: Any, at: int, content: Tensor) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, used = net(Model), trainer(tmp_path, strategy("nvme"), callbacks=[async_saves.SavesOften(tmp_path, 8)])
+    with (
+        mock.patch.object(LocalFile, "put", full),
+        pytest.raises(OSError, match=r"8.ckpt was not saved: rank 0: \[Errno 28\]"),
+    ):
+        used.fit(model, loader(8))
+    assert not list(tmp_path.glob("8.ckpt/*"))
+    used.save_checkpoint(tmp_path / "again.ckpt")
+    assert contents(tmp_path / "again.ckpt")
+
+
 # ---------------------------------------------------------------------- crashes
 
 SCRIPT = """
