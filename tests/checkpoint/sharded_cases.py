@@ -17,7 +17,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nvme": {"offload_params": "nvme", "offload_optimizer": "nvme"},
     "stage-2": {"stage": 2},
     "stage-1": {"stage": 1},
-    "copies": {"shard_size": 1},
+    "copies": {"stage": 2, "shard_size": 1},
 }
 
 

@@ -382,4 +382,4 @@ def test_kill_9(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("setting", ["none", "nvme"])
 def test_kill_9_again_and_again(tmp_path: Path, setting: str) -> None:
-    kill_and_look(tmp_path, setting, 1, 25)
+    kill_and_look(tmp_path, setting, 1, 15)
