@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import threading
 import warnings
@@ -88,8 +89,7 @@ class BackgroundSaving:
         self._files: list[FileInfo] = []
         self._moved = Counters()
         self._gathered = False
-        self._more: list[Callable[[Sequence[FileInfo]], None]] = []
-        self._removals: list[Callable[[], None]] = []
+        self._later: list[Callable[[Sequence[FileInfo]], None]] = []
         self._thread = threading.Thread(target=self._write, name="zinf-save", daemon=True)
         _RUNNING.add(self)
         engine.saving = self
@@ -114,19 +114,11 @@ class BackgroundSaving:
         self.plan.commit(files)
         while True:
             with self._lock:
-                more = self._more.pop(0) if self._more else None
-                if more is None and not self._removals:
+                if not self._later:
                     self._state = "committed"
                     return
-                removal = self._removals.pop(0) if more is None else None
-            if more is not None:
-                more(files)
-                continue
-            assert removal is not None
-            try:
-                removal()
-            except OSError as problem:
-                warnings.warn(f"an older checkpoint was not removed: {problem}", stacklevel=1)
+                later = self._later.pop(0)
+            later(files)
 
     def _commit_apart(self, files: Sequence[FileInfo]) -> None:
         with self._noting_failure():
@@ -148,7 +140,7 @@ class BackgroundSaving:
         with self._lock:
             if self._state in ("committed", "failed"):
                 return False
-            self._more.append(more)
+            self._later.append(more)
             return True
 
     def defer(self, removal: Callable[[], None]) -> bool:
@@ -156,7 +148,7 @@ class BackgroundSaving:
         with self._lock:
             if self._state == "committed":
                 return False
-            self._removals.append(removal)
+            self._later.append(functools.partial(_removing, removal))
             return True
 
     def settle(self) -> None:
@@ -251,6 +243,13 @@ class BackgroundSaving:
         self._moved = Counters()
         self._engine.saving = None
         _RUNNING.discard(self)
+
+
+def _removing(removal: Callable[[], None], _: Sequence[FileInfo]) -> None:
+    try:
+        removal()
+    except OSError as problem:
+        warnings.warn(f"an older checkpoint was not removed: {problem}", stacklevel=1)
 
 
 @atexit.register

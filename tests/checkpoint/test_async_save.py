@@ -137,6 +137,24 @@ def test_the_best_and_the_last(tmp_path: Path) -> None:
     assert_same(contents(tmp_path / "saved/last.ckpt"), contents(tmp_path / "saved/step=6.ckpt"))
 
 
+def test_one_state_again_and_again(tmp_path: Path) -> None:
+    """Under a name that has it already, and under that of the checkpoint that is being saved."""
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step in (2, 5):
+                for name in ("0.ckpt", "1.ckpt", "1.ckpt", "0.ckpt", "1.ckpt"):
+                    trainer.save_checkpoint(tmp_path / name)
+
+    used = trainer(tmp_path, strategy("nvme"), callbacks=[Saves()])
+    with dawdling():
+        used.fit(net(Model), loader(8))
+    first, second = (contents(tmp_path / f"{i}.ckpt") for i in range(2))
+    assert_same(first, second)
+    assert inodes(tmp_path / "0.ckpt") == inodes(tmp_path / "1.ckpt")
+    assert all(len(list((tmp_path / f"{i}.ckpt").iterdir())) == 4 for i in range(2))
+
+
 def test_a_second_name_that_cannot_be_written(tmp_path: Path) -> None:
     """The first is complete, and what the second name had before stays."""
     link = Folder.link
