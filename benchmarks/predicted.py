@@ -148,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rates = measure_machine(args.nvme_path)
     print(", ".join(f"{name} {rate / 1e9:.3g} G/s" for name, rate in rates.items()))
-    print(print(f"{'configuration':<62} measured  spread  predicted   error  own shape   error  bound by", flush=True))
+    print(f"{'configuration':<62} measured  spread  predicted   error  own shape   error  bound by", flush=True)
     errors: list[tuple[float, float]] = []
     results = []
     for case in CASES[: args.only]:

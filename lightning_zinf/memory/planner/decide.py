@@ -163,7 +163,7 @@ class _Decider:
         if share is not None:  # a small budget gets small tiles, two at least
             numel = min(numel, max(share // (2 * width) // _SMALLEST_TILE * _SMALLEST_TILE, _SMALLEST_TILE))
         largest = max((b.state_bytes for b in buffers), default=0) if where.optimizer == "nvme" else 0
-        return Tiles(tile_count(share, numel * width, largest, self.free_host), numel, width)
+        return Tiles(tile_count(share, numel * width, largest, self._spare()), numel, width)
 
     def _slots(self, where: Placement, asked: int | None) -> tuple[int, int]:
         """Return the bytes of slots and of staging for weights."""
@@ -171,10 +171,15 @@ class _Decider:
         if not (where.params == "nvme" or (where.params == "host" and not self.aliased) or sharded):
             return 0, 0
         if self.aliased:
-            return self._budget(asked, self.free_host, "memory.host_bytes"), 0
+            return self._budget(asked, self._spare(), "memory.host_bytes"), 0
         slots = self._budget(self.options.device_bytes, self.free_device, "memory.device_bytes")
-        staging = self._budget(asked, self.free_host, "memory.host_bytes") if where.params == "nvme" else 0
+        staging = self._budget(asked, self._spare(), "memory.host_bytes") if where.params == "nvme" else 0
         return slots, staging
+
+    def _spare(self) -> int:
+        """Return the free host memory that rings are sized by: what gradients leave, but not less than pages need."""
+        least = self.size.largest_unit + self.size.root_unit
+        return max(self.free_host - self.size.gradients, self.free_host // 2, min(self.free_host, least))
 
     def _budget(self, asked: int | None, free: int, option: str) -> int:
         wanted = slot_budget(self.size, asked, free, option)
