@@ -74,8 +74,8 @@ def placeholders(engine: Engine) -> dict[str, Tensor]:
     """Return the state dict with tensors on the meta device for what the engine has; all else is copied."""
     state: dict[str, Any] = engine.root.state_dict(keep_vars=True)
     for name, value in state.items():
-        if isinstance(value, nn.Parameter) and (found := engine.unit_of(value)) is not None:
-            state[name] = torch.empty(value.shape, dtype=found[1].view_dtype, device="meta")
+        if isinstance(value, nn.Parameter) and (found := engine.places_of(value)):
+            state[name] = torch.empty(value.shape, dtype=found[0][1].view_dtype, device="meta")
         elif isinstance(value, Tensor):
             state[name] = value.detach().cpu().clone()
     return state
@@ -287,9 +287,9 @@ def _describe(engine: Engine, kept: set[str], *, with_state: bool) -> list[tuple
     for unit in engine.units:
         for number, buffer in enumerate(unit.buffers):
             params = tuple(
-                Param(tuple(names[id(p)]), shape, offset, NAMES[buffer.view_dtype])
-                for p, shape, offset in zip(buffer.params, buffer.layout.shapes, buffer.layout.offsets, strict=True)
-                if kept & set(names[id(p)])
+                Param(tuple(names[id(o.param)]), o.shape, offset, NAMES[buffer.view_dtype], None if o.whole else o.part)
+                for o, offset in zip(buffer.origins, buffer.layout.offsets, strict=True)
+                if kept & set(names[id(o.param)])
             )
             if params:
                 planes = {"weight": NAMES[buffer.compute_dtype]}
