@@ -17,6 +17,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nvme": {"offload_params": "nvme", "offload_optimizer": "nvme"},
     "stage-2": {"stage": 2},
     "stage-1": {"stage": 1},
+    "tiled": {
+        "offload_params": "nvme",
+        "offload_optimizer": "nvme",
+        "tiling": lightning_zinf.TilingConfig(16 * 130 * 2),
+    },
 }
 
 
