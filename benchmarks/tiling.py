@@ -133,7 +133,8 @@ def trains(args: argparse.Namespace, mode: str, factor: int, hidden: int) -> dic
         found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
         return found
     said = run.stderr + run.stdout
-    signs = ("memory", "MemoryError", "bad_alloc", "of memory for its gathered weights")
+    # A thread whose stack finds no room is "temporarily unavailable"; the last is what the plan says before training.
+    signs = ("memory", "MemoryError", "bad_alloc", "Resource temporarily unavailable", "does not fit")
     if run.returncode < 0 or any(sign in said for sign in signs):
         return None
     raise RuntimeError(f"hidden size {hidden} failed for another reason than memory:\n{said[-2000:]}")
@@ -158,7 +159,7 @@ def sizes(args: argparse.Namespace) -> None:
     print(
         f"largest hidden size h whose layer h x 4h trains within {args.cap} MiB (multiples of {STEP}, to {args.most})"
     )
-    for mode in ("train", "adapter"):
+    for mode in args.modes:
         print(f"\n{mode:<10}{'factor':>8}{'tiles':>8}{'h':>8}{'x':>7}{'weight in bf16, MiB':>22}{'slots, MiB':>12}")
         first = 0
         low = 0
@@ -223,6 +224,7 @@ def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["all", "size", "time"], default="all")
+    parser.add_argument("--modes", nargs="+", choices=["train", "adapter"], default=["train", "adapter"])
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--cap", type=int, default=96, help="MiB beyond what the process has after its imports")
     parser.add_argument("--most", type=int, default=8192, help="largest hidden size that is tried")
