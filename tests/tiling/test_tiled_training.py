@@ -257,3 +257,16 @@ def test_a_layer_larger_than_the_budget(tmp_path: Path) -> None:
 def test_the_option_is_checked() -> None:
     with pytest.raises(ValueError, match=r"tiling must be a lightning_zinf\.TilingConfig, got 5"):
         ZinfStrategy(tiling=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{"activation_checkpointing": ["Linear"]}, {"offload_activations": "cpu"}], ids=lambda o: next(iter(o))
+)
+def test_beside_what_is_done_to_activations(options: dict[str, Any], tmp_path: Path) -> None:
+    results = []
+    for more in ({}, options):
+        model, strategy = build(), ZinfStrategy(**SETTINGS["tiled-nvme"], **more)
+        trainer(tmp_path, strategy).fit(model, loader(3))
+        results.append(weights(model))
+        assert len(strategy.engine.tiled) == 2
+    assert_same(*results)
