@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import resource
 import statistics
 import subprocess
@@ -176,7 +177,9 @@ def times(args: argparse.Namespace) -> None:
 
     from lightning_zinf import ZinfStrategy
 
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
     hidden = args.time_hidden
     print(f"\ntime of a step of a layer {hidden} x {4 * hidden}, {args.tokens} tokens")
