@@ -20,10 +20,15 @@ if TYPE_CHECKING:
     from lightning_zinf.config import IOConfig as IOConfig
     from lightning_zinf.config import MemoryConfig as MemoryConfig
     from lightning_zinf.config import OverlapConfig as OverlapConfig
+    from lightning_zinf.config import TilingConfig as TilingConfig
     from lightning_zinf.lightning import ZinfEMA as ZinfEMA
     from lightning_zinf.lightning import ZinfMonitor as ZinfMonitor
     from lightning_zinf.lightning import ZinfStrategy as ZinfStrategy
     from lightning_zinf.lightning import ZinfTimeline as ZinfTimeline
+    from lightning_zinf.tiling.loss import tiled_linear_cross_entropy as tiled_linear_cross_entropy
+    from lightning_zinf.tiling.modules import TiledEmbedding as TiledEmbedding
+    from lightning_zinf.tiling.modules import TiledLinear as TiledLinear
+    from lightning_zinf.tiling.modules import TiledMLP as TiledMLP
 
 __version__ = "0.1.0"
 
@@ -32,6 +37,10 @@ __all__ = [
     "IOConfig",
     "MemoryConfig",
     "OverlapConfig",
+    "TiledEmbedding",
+    "TiledLinear",
+    "TiledMLP",
+    "TilingConfig",
     "ZinfEMA",
     "ZinfMonitor",
     "ZinfStrategy",
@@ -40,6 +49,7 @@ __all__ = [
     "full_state_dict",
     "gathered",
     "load_pretrained",
+    "tiled_linear_cross_entropy",
 ]
 
 _FACES = ("ZinfEMA", "ZinfMonitor", "ZinfStrategy", "ZinfTimeline")
@@ -49,9 +59,14 @@ _MODULE_OF = {
     "CheckpointConfig": "lightning_zinf.config",
     "MemoryConfig": "lightning_zinf.config",
     "OverlapConfig": "lightning_zinf.config",
+    "TiledEmbedding": "lightning_zinf.tiling.modules",
+    "TiledLinear": "lightning_zinf.tiling.modules",
+    "TiledMLP": "lightning_zinf.tiling.modules",
+    "TilingConfig": "lightning_zinf.config",
     "full_state_dict": "lightning_zinf.access",
     "gathered": "lightning_zinf.access",
     "load_pretrained": "lightning_zinf.checkpoint.pretrained",
+    "tiled_linear_cross_entropy": "lightning_zinf.tiling.loss",
 }
 
 

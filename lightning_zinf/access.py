@@ -38,7 +38,7 @@ def gathered(params: Params, write: bool = False) -> Iterator[None]:
         yield
         if write:
             for engine in engines_of(wanted):
-                opened = [p.data for p in wanted if engine.unit_of(p) is not None]
+                opened = [p.data for p in wanted if engine.places_of(p)]
                 engine.broadcast(opened, "the end of `with gathered(..., write=True)`")
     finally:
         held.clear()

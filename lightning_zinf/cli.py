@@ -143,8 +143,8 @@ def _inspect(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     with Checkpoint(given.checkpoint) as source:
         manifest = source.manifest
-        params = list(source.params())
-    numel = sum(p.numel for _, p in params)
+        params = source.params()
+    numel = sum(p.numel for p in params)
     nbytes = sum(info.nbytes for info in manifest.files)
     dtypes: dict[str, set[str]] = {}
     for buffer in manifest.buffers:
@@ -170,9 +170,16 @@ def _inspect(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     ]
     if given.params:
         told["params"] = [
-            {"names": list(p.names), "shape": list(p.shape), "dtype": p.dtype, "buffer": b.name} for b, p in params
+            {
+                "names": list(p.names),
+                "shape": list(p.shape),
+                "dtype": p.dtype,
+                "buffer": p.places[0][0].name,
+                "parts": len(p.places),
+            }
+            for p in params
         ]
-        lines += [f"  {' = '.join(p.names)}  {list(p.shape)}  {p.dtype}" for _, p in params]
+        lines += [f"  {' = '.join(p.names)}  {list(p.shape)}  {p.dtype}" for p in params]
     return told, "\n".join(lines)
 
 

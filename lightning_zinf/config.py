@@ -21,9 +21,9 @@ Tier = Literal["device", "host", "nvme"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
 
-def _check_positive(name: str, value: int | None) -> None:
+def _check_positive(name: str, value: object, more: str = "") -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
-        raise ValueError(f"{name} must be a positive whole number of bytes or None, got {value!r}")
+        raise ValueError(f"{name} must be a positive whole number of bytes or None{more}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,24 @@ class CheckpointConfig:
         _check_positive("checkpoint.copy_bytes", self.copy_bytes)
 
 
+@dataclass(frozen=True)
+class TilingConfig:
+    """Which layers are computed in tiles, so that only one tile of their weight has to be gathered at once.
+
+    Args:
+        max_tile_bytes: Layers whose gathered weight has more bytes are cut into tiles of at most this many: Linear,
+            Embedding, convolutions with one group and Conv1D of transformers. ``auto`` takes what the budget of slots
+            for gathered weights allows (``memory.device_bytes``, on a CPU accelerator ``memory.host_bytes``, else a
+            quarter of the free memory). ``None`` tiles nothing but layers that ask for it (``TiledLinear``).
+    """
+
+    max_tile_bytes: int | Literal["auto"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tile_bytes != "auto":
+            _check_positive("tiling.max_tile_bytes", self.max_tile_bytes, " or 'auto'")
+
+
 def check_offload(name: str, value: str) -> None:
     """Raise ValueError unless ``value`` is one of the offload targets."""
     choices = ("auto", "none", "cpu", "nvme")
@@ -198,6 +216,7 @@ class PartitionConfig:
         memory: Budgets.
         overlap: What runs ahead.
         io: How files are read and written.
+        tiling: Which layers are computed in tiles.
         stage: What is partitioned over ranks: 1 optimizer state, 2 also gradients, 3 also weights.
         shard_size: Number of ranks that share one copy of the model; None for all.
         aliased: Whether host and device are one memory; None means: on a CPU.
@@ -214,6 +233,7 @@ class PartitionConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     io: IOConfig = field(default_factory=IOConfig)
+    tiling: TilingConfig = field(default_factory=TilingConfig)
     stage: int = 3
     shard_size: int | None = None
     aliased: bool | None = None

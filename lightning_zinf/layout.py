@@ -13,7 +13,7 @@ Nothing here touches torch.distributed or a file: the checkpoint tools use the s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 PARAMETER_ALIGNMENT = 256
@@ -25,6 +25,51 @@ SHARD_ALIGNMENT = 4096
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of ``multiple`` that is not below ``value``."""
     return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a parameter's elements: ``count`` runs of ``length`` of them, whose starts are ``stride`` apart.
+
+    So a block of a matrix is a part, and whole rows are one run. Elements of the parameter are counted row-major;
+    elements of the part in the same order.
+
+    Attributes:
+        first: The first element.
+        length: Elements of a run.
+        stride: From the start of a run to that of the next one, at least ``length``.
+        count: Number of runs.
+    """
+
+    first: int
+    length: int
+    stride: int
+    count: int
+
+    @classmethod
+    def whole(cls, numel: int) -> Part:
+        """Return all of a parameter of ``numel`` elements."""
+        return cls(0, numel, max(numel, 1), 1)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.length * self.count
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield ``(first element in the parameter, numel)`` for the part's own elements ``[start, stop)``."""
+        while start < stop:
+            row, inside = divmod(start, self.length)
+            numel = min(self.length - inside, stop - start)
+            yield self.first + row * self.stride + inside, numel
+            start += numel
+
+    def locate(self, element: int) -> tuple[int, int] | None:
+        """Return the place in the part of an element of the parameter, and how many follow in its run; None if none."""
+        row, inside = divmod(element - self.first, self.stride)
+        if not 0 <= row < self.count or inside >= self.length:
+            return None
+        return row * self.length + inside, self.length - inside
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,6 @@ def _packed(optimizer: Optimizer) -> list[dict[str, Any]]:
 def _stepped(optimizer: Optimizer, engine: Engine) -> bool:
     for group in optimizer.param_groups:
         for param in group["params"]:
-            found = engine.unit_of(param)
-            if found is not None and found[1].steps[found[2]]:
+            if any(buffer.steps[index] for _, buffer, index in engine.places_of(param)):
                 return True
     return False

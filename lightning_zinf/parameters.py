@@ -21,13 +21,17 @@ access outside of a training step materialises it, also where compute uses bfloa
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+
+from lightning_zinf.layout import Part
 
 _NAMES_OF_GETTERS = (  # noqa: SIM905
     "shape ndim requires_grad is_leaf layout grad grad_fn is_meta _version _backward_hooks is_sparse is_quantized "
@@ -67,6 +71,65 @@ class Owner(Protocol):
             owners: The owners of all released parameters of one call.
             writes: Whether the call may change them.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The user's parameter that a parameter of a flat buffer is, or is a tile of.
+
+    Attributes:
+        param: The user's.
+        shape: Its shape.
+        part: Which of its elements.
+    """
+
+    param: nn.Parameter
+    shape: tuple[int, ...]
+    part: Part
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of it."""
+        return self.part == Part.whole(_numel(self.shape))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the view of these elements in a contiguous tensor of the whole parameter's shape, as a matrix."""
+        part = self.part
+        return tensor.view(-1).as_strided(
+            (part.count, part.length), (part.stride, 1), int(tensor.storage_offset()) + part.first
+        )
+
+    def put(self, whole: Tensor, values: Tensor) -> None:
+        """Copy these elements to their places in a contiguous tensor of the whole parameter's shape."""
+        self.of(whole).copy_(values.reshape(self.part.count, self.part.length))
+
+    def cut(self, whole: Tensor, start: int, out: Tensor) -> None:
+        """Fill ``out`` with these elements from number ``start`` on, of a tensor of the whole parameter's shape."""
+        flat, at = whole.reshape(-1), 0
+        for first, numel in self.part.runs(start, start + out.numel()):
+            out[at : at + numel].copy_(flat[first : first + numel])
+            at += numel
+
+
+_ORIGIN = "_zinf_origin"
+
+
+def mark_tile(tile: nn.Parameter, origin: Origin) -> None:
+    """Note what a tile is part of."""
+    setattr(tile, _ORIGIN, origin)
+
+
+def origin_of(param: nn.Parameter) -> Origin:
+    """Return the user's parameter that ``param`` is, or is a tile of."""
+    found = param.__dict__.get(_ORIGIN)
+    if isinstance(found, Origin):
+        return found
+    shape = tuple(_bare(Tensor.size, (param,), {}))
+    return Origin(param, shape, Part.whole(_numel(shape)))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
 
 
 _OWNERS: dict[int, tuple[Callable[[], Owner | None], int, weakref.ref[Tensor]]] = {}
@@ -118,7 +181,7 @@ class Released:
         if func in METADATA:
             return _bare(func, args, kwargs)
         if args and isinstance(args[0], Released):
-            answered, answer = _described(func, args, kwargs)
+            answered, answer = described(func, args, kwargs)
             if answered:
                 return answer
         # These two ask where gradients arise and not for values, and may name more weights than fit at once.
@@ -126,7 +189,7 @@ class Released:
             return func(args[0], tuple(map(_gradient_edge, args[1])), **kwargs)
         if func is torch.autograd.backward and kwargs.get("inputs") is not None:
             return func(*args, **{**kwargs, "inputs": tuple(map(_gradient_edge, kwargs["inputs"]))})
-        _fault(tree_flatten((args, kwargs))[0], writes=_writes(func, kwargs))
+        _fault(tree_flatten((args, kwargs))[0], writes=writes(func, kwargs))
         out = func(*args, **kwargs)
         if func == Tensor.detach and type(args[0]) is not Tensor and isinstance(out, Tensor):
             # nn.Parameter(p) insists that detach() keeps the type.
@@ -149,7 +212,7 @@ class Released:
         return f"ReleasedParameter(shape={shape}, dtype={dtype}) # offloaded; any use brings it back"
 
 
-def _described(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
+def described(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
     """Answer what depends on dtype, device or strides, as the resident master weight would."""
     entry = owner_of(args[0])
     if entry is None:
@@ -177,7 +240,7 @@ def _described(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     return False, None
 
 
-def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+def writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a torch function may change its arguments, now or through what it returns."""
     if func in _DATA or "out" in kwargs:
         return True
@@ -185,18 +248,32 @@ def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def living_owner(param: Any) -> Any:
+    """Return the owner of a released parameter.
+
+    Raises:
+        RuntimeError: If it is gone.
+    """
+    entry = owner_of(param)
+    if entry is None:
+        raise RuntimeError(
+            f"{param!r} was offloaded by the zinf strategy, and the model that it belonged to is gone: keep the "
+            "LightningModule for as long as its parameters are used, or take copies of them before"
+        )
+    return entry[0]
+
+
+class InTiles(Released):
+    """Mix-in of the class of a parameter whose values are in tiles; ``tiling/dispatch.py`` says what it does."""
+
+
 def _fault(leaves: Iterable[object], *, writes: bool = False) -> None:
     owners: list[Owner] = []
     for leaf in leaves:
-        if isinstance(leaf, Released):
-            entry = owner_of(leaf)
-            if entry is None:
-                raise RuntimeError(
-                    f"{leaf!r} was offloaded by the zinf strategy, and the model that it belonged to is gone: keep the "
-                    "LightningModule for as long as its parameters are used, or take copies of them before"
-                )
-            if entry[0] not in owners:
-                owners.append(entry[0])
+        if isinstance(leaf, Released) and not isinstance(leaf, InTiles):
+            owner = living_owner(leaf)
+            if owner not in owners:
+                owners.append(owner)
     if owners:
         owners[0].fault(owners, writes)
 
@@ -209,8 +286,7 @@ def released_class(cls: type) -> type:
 
 def original_class(parameter: nn.Parameter) -> type:
     """Return the class that ``parameter`` has while it is resident."""
-    cls = type(parameter)
-    return cls.__mro__[2] if issubclass(cls, Released) else cls
+    return next(c for c in type(parameter).__mro__ if not issubclass(c, Released))
 
 
 def refuse_meta(what: str, name: str, tensor: Tensor) -> None:

@@ -30,6 +30,7 @@ from lightning_zinf.config import (
     OffloadActivations,
     OverlapConfig,
     PartitionConfig,
+    TilingConfig,
     check_activations,
     check_offload,
     nvme_paths,
@@ -85,6 +86,7 @@ class ZinfStrategyBody(CheckpointsPart):
         memory: Budgets for memory that weights and state pass through.
         overlap: What runs ahead of the computation.
         io: How files are read and written.
+        tiling: Which layers are computed in tiles, so that a layer may be larger than the memory for gathered weights.
         shard_size: Number of ranks that share one copy of the model; the groups of ranks have one copy each (hybrid
             sharding), as for ranks of one node each. By default all ranks share one. It must divide the number of
             ranks.
@@ -118,6 +120,7 @@ class ZinfStrategyBody(CheckpointsPart):
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008  # frozen, and LightningCLI shows its fields
         overlap: OverlapConfig = OverlapConfig(),  # noqa: B008
         io: IOConfig = IOConfig(),  # noqa: B008
+        tiling: TilingConfig = TilingConfig(),  # noqa: B008
         shard_size: int | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
@@ -144,6 +147,7 @@ class ZinfStrategyBody(CheckpointsPart):
         _check_kind("overlap", overlap, OverlapConfig)
         _check_kind("io", io, IOConfig)
         _check_kind("checkpoint", checkpoint, CheckpointConfig)
+        _check_kind("tiling", tiling, TilingConfig)
         if isinstance(units, str) or not all(isinstance(unit, str) for unit in units or ()):
             raise ValueError(f"units must be a list of class names, got {units!r}")
         if state_dict_type not in ("auto", "full", "sharded"):
@@ -165,6 +169,7 @@ class ZinfStrategyBody(CheckpointsPart):
         self.memory = memory
         self.overlap = overlap
         self.io = io
+        self.tiling = tiling
         self.debug = debug
 
     @classmethod
@@ -329,6 +334,7 @@ class ZinfStrategyBody(CheckpointsPart):
             memory=self.memory,
             overlap=self.overlap,
             io=self.io,
+            tiling=self.tiling,
             stage=3 if self._alone else self.stage,
             shard_size=None if self._alone else self.shard_size,
             activation_checkpointing=recomputed if isinstance(recomputed, bool) else tuple(recomputed),

@@ -48,6 +48,10 @@ def loss_at_step(model: nn.Module, batch: Batch, step: int) -> Tensor:
     return F.cross_entropy(out.flatten(0, -2).float(), batch[-1].flatten())
 
 
+def same(model: nn.Module, precision: str) -> nn.Module:
+    return model
+
+
 @dataclass(frozen=True)
 class Case:
     """A model of the zoo.
@@ -57,12 +61,16 @@ class Case:
         batch: Makes the batch of a seed.
         loss: Computes the loss of a batch at a micro-step.
         units: Class names to take as units.
+        tile_bytes: Option ``tiling.max_tile_bytes``.
+        oracle: Makes of the model, for a precision, one that computes the same in plain PyTorch.
     """
 
     build: Callable[[], nn.Module]
     batch: Callable[[int], Batch]
     loss: Callable[[nn.Module, Batch, int], Tensor] = loss_of
     units: tuple[str, ...] = ()
+    tile_bytes: int | None = None
+    oracle: Callable[[nn.Module, str], nn.Module] = same
 
     def make(self, seed: int = 0) -> nn.Module:
         """Build the model with reproducible weights."""

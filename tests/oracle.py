@@ -236,7 +236,7 @@ class Plain:
 
 def train_plain(case: Case, precision: str, recipe: Recipe, observe: Callable[[Plain], None] | None = None) -> Result:
     """Train a model of the zoo in plain PyTorch."""
-    plain = Plain(case.make(), precision, recipe)
+    plain = Plain(case.oracle(case.make(), precision), precision, recipe)
     losses: list[float] = []
     for step in range(recipe.steps):
         for micro in range(recipe.accumulate):

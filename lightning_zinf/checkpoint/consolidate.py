@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header, raw_bytes
-from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError, Param
+from lightning_zinf.checkpoint.manifest import CheckpointError, Stored
 from lightning_zinf.checkpoint.source import Averages, Checkpoint
 from lightning_zinf.optim.average import PLANE
 
@@ -45,15 +45,13 @@ class Piece:
     """Values of a parameter that are streamed.
 
     Attributes:
-        buffer: Where it is.
         param: Which.
         plane: A plane of its state, or None for its values.
         averages: How the checkpoint has averages.
         average: Whether values are averages, if there are any.
     """
 
-    buffer: Buffer
-    param: Param
+    param: Stored
     plane: str | None
     averages: Averages | None = None
     average: bool = False
@@ -61,14 +59,11 @@ class Piece:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
-        return DTYPES[self.param.dtype if self.plane is None else self.buffer.planes[self.plane]]
+        return DTYPES[self.param.dtype if self.plane is None else self.param.planes[self.plane]]
 
     def read(self, source: Checkpoint, start: int, stop: int) -> Tensor:
         """Return the elements ``[start, stop)`` of the parameter."""
-        low, high = self.param.offset + start, self.param.offset + stop
-        if self.plane is None:
-            return source.values(self.buffer, low, high, self.averages, self.average).to(self.dtype)
-        return source.plane(self.buffer, self.plane, low, high).to(self.dtype)
+        return source.elements(self.param, start, stop, self.plane, self.averages, self.average).to(self.dtype)
 
     def chunks(self, source: Checkpoint, numel: int) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(first element, values)`` in pieces of at most ``numel`` elements."""
@@ -137,9 +132,9 @@ def _content(
         return tensor
 
     def state(average: bool) -> dict[str, Tensor]:
-        tensors = {id(param): later(Piece(buffer, param, None, averages, average)) for buffer, param in source.params()}
+        tensors = {param.names[0]: later(Piece(param, None, averages, average)) for param in source.params()}
         found = {
-            name: tensors[id(source.locations[name][1])] if name in source.locations else source.tensor(name)
+            name: tensors[source.locations[name].names[0]] if name in source.locations else source.tensor(name)
             for name in source.names()
         }
         if averages is not None and averages.swapped != average:
@@ -152,10 +147,10 @@ def _content(
     left = _SHARDED + _TRAINING * weights_only + ("averaging_state",) * current
     for optimizer, names in zip(content.get("optimizer_states", []), source.manifest.optimizers, strict=False):
         for number, entry in () if weights_only else optimizer["state"].items():
-            buffer, param = source.locations[names[number]]
-            for kind in buffer.planes:
+            param = source.locations[names[number]]
+            for kind in param.planes:
                 if kind not in ("weight", "residual", "master", PLANE):
-                    entry[kind] = later(Piece(buffer, param, kind))
+                    entry[kind] = later(Piece(param, kind))
     return {key: value for key, value in content.items() if key not in left}
 
 
@@ -272,7 +267,7 @@ def to_safetensors(
     if any(PLANE in buffer.planes for buffer in source.manifest.buffers):
         averages = Averages.of(source.trainer(weights_only=not trust_pickle))
     entries: dict[str, Piece | Tensor] = {
-        param.names[0]: Piece(buffer, param, None, averages, not current) for buffer, param in source.params()
+        param.names[0]: Piece(param, None, averages, not current) for param in source.params()
     }
     entries.update({name: source.tensor(name) for name in source.reader(source.manifest.module).tensors})
     if averages is not None and averages.swapped == current:

@@ -93,9 +93,9 @@ def describe(engine: Engine, kept: set[str], *, with_state: bool) -> list[tuple[
     for unit in engine.units:
         for number, buffer in enumerate(unit.buffers):
             params = tuple(
-                Param(tuple(names[id(p)]), shape, offset, NAMES[buffer.view_dtype])
-                for p, shape, offset in zip(buffer.params, buffer.layout.shapes, buffer.layout.offsets, strict=True)
-                if kept & set(names[id(p)])
+                Param(tuple(names[id(o.param)]), o.shape, offset, NAMES[buffer.view_dtype], None if o.whole else o.part)
+                for o, offset in zip(buffer.origins, buffer.layout.offsets, strict=True)
+                if kept & set(names[id(o.param)])
             )
             if params:
                 planes = {"weight": NAMES[buffer.compute_dtype]}
@@ -127,7 +127,7 @@ def others(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 def refuse_changes(engine: Engine, state: Mapping[str, Any]) -> None:
     """Refuse a state dict in which weights have other names or values than they have: shards hold them as they are."""
     params = engine.root.named_parameters(remove_duplicate=False)
-    ours = {name for name, param in params if engine.unit_of(param) is not None}
+    ours = {name for name, param in params if engine.places_of(param)}
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta == (name in ours):
             continue

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from lightning_zinf.checkpoint.consolidate import Piece
 from lightning_zinf.checkpoint.files import NAMES, Folder
 from lightning_zinf.checkpoint.foreign import write_converted
-from lightning_zinf.checkpoint.manifest import ITEMSIZES, Buffer, CheckpointError, Param
+from lightning_zinf.checkpoint.manifest import ITEMSIZES, Buffer, CheckpointError, Param, Stored
 from lightning_zinf.checkpoint.source import Averages, Checkpoint
 from lightning_zinf.optim.average import PLANE
 
@@ -72,8 +72,8 @@ def to_dcp(
     """
     pieces: dict[int, Piece] = {}
 
-    def later(buffer: Buffer, param: Param, plane: str | None) -> Tensor:
-        piece = Piece(buffer, param, plane, averages)  # training goes on from the weights of the last step
+    def later(param: Stored, plane: str | None) -> Tensor:
+        piece = Piece(param, plane, averages)  # training goes on from the weights of the last step
         tensor = torch.empty(param.shape, dtype=piece.dtype)  # memory that nobody touches
         pieces[id(tensor)] = piece
         return tensor
@@ -81,7 +81,7 @@ def to_dcp(
     rest = source.trainer(weights_only=not trust_pickle)
     averages = Averages.of(rest)
     model = {
-        name: later(*source.locations[name], None) if name in source.locations else source.tensor(name)
+        name: later(source.locations[name], None) if name in source.locations else source.tensor(name)
         for name in source.names()
     }
     state: dict[str, Any] = {"state_dict": model}
@@ -90,8 +90,8 @@ def to_dcp(
     ):
         entries = {names[i]: dict(entry) for i, entry in optimizer["state"].items()}
         for name, entry in entries.items():
-            buffer, param = source.locations[name]
-            entry.update({p: later(buffer, param, p) for p in _optimizer_planes(buffer)})
+            param = source.locations[name]
+            entry.update({p: later(param, p) for p in _optimizer_planes(param)})
         groups = [{**g, "params": [names[i] for i in g["params"]]} for g in optimizer["param_groups"]]
         state[f"{_OPTIMIZER}{number}"] = {"state": entries, "param_groups": groups}
     state_dict_saver.save(
@@ -100,8 +100,8 @@ def to_dcp(
     torch.save(rest, Path(out) / _META)
 
 
-def _optimizer_planes(buffer: Buffer) -> list[str]:
-    return [p for p in buffer.planes if p not in ("weight", "residual", "master", PLANE)]
+def _optimizer_planes(param: Stored) -> list[str]:
+    return [p for p in param.planes if p not in ("weight", "residual", "master", PLANE)]
 
 
 # ---------------------------------------------------------------------- from there

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_zinf.memory.machine import check_room
@@ -40,8 +41,13 @@ def full_state_dict(engine: Engine, keep: bool = True, plane: str | None = None)
                 if not keep:
                     continue
                 flat = (buffer.read_master() if other is None else other).cpu()
-                for param, view in zip(buffer.params, buffer.views_of(flat), strict=True):
-                    masters[id(param)] = view.to(buffer.view_dtype, copy=True)
+                for origin, view in zip(buffer.origins, buffer.views_of(flat), strict=True):
+                    if origin.whole:
+                        masters[id(origin.param)] = view.to(buffer.view_dtype, copy=True)
+                        continue
+                    if id(origin.param) not in masters:
+                        masters[id(origin.param)] = torch.empty(origin.shape, dtype=buffer.view_dtype)
+                    origin.put(masters[id(origin.param)], view)
     if not keep:
         return {}
     state = engine.root.state_dict(keep_vars=True)
@@ -85,13 +91,13 @@ def load_plane(engine: Engine, plane: str, state_dict: Mapping[str, Tensor]) -> 
             buffer.before_change(plane)
             first, end = buffer.shard_range
             for index, offset, low, numel in buffer.layout.overlaps(first, end):
-                name = buffer.names[index]
+                name, origin = buffer.names[index], buffer.origins[index]
                 value = state_dict[name]
-                if tuple(value.shape) != buffer.layout.shapes[index]:
+                if tuple(value.shape) != origin.shape:
                     raise ValueError(
                         f"{name!r} has shape {tuple(value.shape)} in the checkpoint, but the parameter has shape "
-                        f"{buffer.layout.shapes[index]}"
+                        f"{origin.shape}"
                     )
-                shard[low - first : low - first + numel].copy_(value.reshape(-1)[offset : offset + numel])
+                origin.cut(value, offset, shard[low - first : low - first + numel])
             assert buffer.state is not None, buffer
             buffer.state.write(plane, shard)

@@ -90,7 +90,7 @@ def load_weights(engine: Engine, state: ShardedStateDict, strict: bool = True) -
     found = [b for u in engine.units for b in u.buffers if any(n in state and n in source.locations for n in b.names)]
     _apply(engine, [(b, Load(moves[id(b)], put)) for b in found])
     # A buffer of the checkpoint may be something here that the engine does not keep: others draw the line elsewhere.
-    kept = {n for n in source.locations if isinstance(p := expected.get(n), nn.Parameter) and engine.unit_of(p)}
+    kept = {n for n in source.locations if isinstance(p := expected.get(n), nn.Parameter) and engine.places_of(p)}
     others = {n: state[n] for n in state if n in expected and n not in kept}
     others.update({n: v for n, v in state.changed().items() if n in expected})
     engine.root.load_state_dict(others, strict=False)
@@ -129,9 +129,13 @@ def _moves(source: Checkpoint, buffer: FlatBuffer, names: Sequence[str], wanted:
     found = []
     for index, offset, low, numel in buffer.layout.overlaps(first, end):
         name = names[index]
-        if name in wanted and name in source.locations:
-            kept, param = source.locations[name]
-            found.append(Move(low - first, numel, kept, param.offset + offset))
+        if name not in wanted or name not in source.locations:
+            continue
+        at = low - first
+        for start, length in buffer.origins[index].part.runs(offset, offset + numel):
+            for kept, position, count in source.locations[name].runs(start, start + length):
+                found.append(Move(at, count, kept, position))
+                at += count
     return found
 
 
@@ -208,19 +212,19 @@ def load_optimizer(binding: OptimizerBinding, source: Checkpoint, number: int, r
     }
     moves: dict[int, list[Move]] = {}
     for buffer in binding.buffers():
-        names = [where[id(p)][0] if id(p) in where else "" for p in buffer.params]
+        names = [where[id(o.param)][0] if id(o.param) in where else "" for o in buffer.origins]
         moves[id(buffer)] = _moves(source, buffer, names, {n for n in names if n})
     _verify(engine, source, [m for found in moves.values() for m in found])
     updates: list[tuple[FlatBuffer, Update]] = []
     for buffer in binding.buffers():
         planes: set[str] = set()
-        for index, param in enumerate(buffer.params):
-            if id(param) in where:
-                name, entry, group = where[id(param)]
+        for index, origin in enumerate(buffer.origins):
+            if id(origin.param) in where:
+                name, entry, group = where[id(origin.param)]
                 own = binding.rule.planes(group)
                 planes |= set(own)
                 # The rule asks which planes there are, not what is in them.
-                there = {p: True for p in own if entry and p in source.locations[name][0].planes}
+                there = {p: True for p in own if entry and p in source.locations[name].planes}
                 binding.rule.restore(buffer, index, {**there, **entry}, group)
         buffer.need_planes(tuple(sorted(planes)))
         updates.append((buffer, Load(moves[id(buffer)], _putter(source, sorted(planes)))))

@@ -5,18 +5,21 @@ This file knows neither torch.distributed nor any file: the tools use it offline
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_zinf.layout import FlatLayout
+from lightning_zinf.layout import FlatLayout, Part
 
 FORMAT = "lightning-zinf"
-VERSION = 1
-"""Readers refuse a larger one."""
+VERSION = 2
+"""Readers refuse a larger one. Checkpoints without parameters in parts say 1, which older readers take."""
 MANIFEST = "manifest.json"
+MAX_RUNS = 2**24
+"""Most runs of elements that a parameter may be cut into: a reader looks at each."""
 BLOCK_BYTES = 16 * 2**20
 """Bytes of a file that one checksum is for."""
 ITEMSIZES = {"F32": 4, "BF16": 2, "F16": 2, "I16": 2}
@@ -36,17 +39,24 @@ class Param:
         shape: Its shape.
         offset: Its first element in the buffer.
         dtype: Its dtype for the user, as safetensors names it.
+        part: Which of its elements are in the buffer, where they are not all.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     offset: int
     dtype: str
+    part: Part | None = None
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+        """Number of elements in the buffer."""
+        return math.prod(self.shape) if self.part is None else self.part.numel
+
+    @property
+    def elements(self) -> Part:
+        """Which of its elements are in the buffer."""
+        return Part.whole(math.prod(self.shape)) if self.part is None else self.part
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,55 @@ class Buffer:
     numel: int
     planes: dict[str, str]
     params: tuple[Param, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter, wherever its elements are.
+
+    Attributes:
+        places: The buffers that have them, and what of it is there.
+    """
+
+    places: tuple[tuple[Buffer, Param], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name in the module, and those that are tied to it."""
+        return self.places[0][1].names
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.places[0][1].shape
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype for the user, as safetensors names it."""
+        return self.places[0][1].dtype
+
+    @property
+    def planes(self) -> dict[str, str]:
+        """Dtype of each plane that it has."""
+        return self.places[0][0].planes
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[Buffer, int, int]]:
+        """Yield ``(buffer, first element there, numel)`` for the elements ``[start, stop)``, in their order."""
+        while start < stop:
+            for buffer, param in self.places:
+                found = param.elements.locate(start)
+                if found is not None:
+                    numel = min(found[1], stop - start)
+                    yield buffer, param.offset + found[0], numel
+                    start += numel
+                    break
+            else:
+                raise CheckpointError(f"element {start} of parameter {self.names} is in no buffer")
 
 
 @dataclass(frozen=True)
@@ -107,7 +166,15 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return it as JSON."""
-        return json.dumps({"format": FORMAT, "version": VERSION, "block_bytes": BLOCK_BYTES, **asdict(self)}, indent=1)
+        said = asdict(self)
+        parts = False
+        for param in (p for b in said["buffers"] for p in b["params"]):
+            parts = parts or param["part"] is not None
+            if param["part"] is None:
+                del param["part"]
+        return json.dumps(
+            {"format": FORMAT, "version": VERSION if parts else 1, "block_bytes": BLOCK_BYTES, **said}, indent=1
+        )
 
     @staticmethod
     def from_json(text: str | bytes, where: str) -> Manifest:
@@ -144,16 +211,24 @@ class Manifest:
         """Return where the parameters of a buffer lie, and how it is cut."""
         params = buffer.params
         return FlatLayout(
-            tuple(p.shape for p in params),
+            tuple(p.shape if p.part is None else (p.numel,) for p in params),
             tuple(p.offset for p in params),
             tuple(p.numel for p in params),
             buffer.numel,
             len(self.shards),
         )
 
-    def locations(self) -> dict[str, tuple[Buffer, Param]]:
+    def stored(self) -> list[Stored]:
+        """Return every parameter once."""
+        places: dict[str, list[tuple[Buffer, Param]]] = {}
+        for buffer in self.buffers:
+            for param in buffer.params:
+                places.setdefault(param.names[0], []).append((buffer, param))
+        return [Stored(tuple(found)) for found in places.values()]
+
+    def locations(self) -> dict[str, Stored]:
         """Return where each parameter is, by every name that it has."""
-        return {name: (b, p) for b in self.buffers for p in b.params for name in p.names}
+        return {name: stored for stored in self.stored() for name in stored.names}
 
 
 def _parse(raw: Mapping[str, Any]) -> Manifest:
@@ -163,7 +238,13 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
             _whole(b["numel"]),
             {str(k): str(v) for k, v in b["planes"].items()},
             tuple(
-                Param(tuple(map(str, p["names"])), tuple(map(_whole, p["shape"])), _whole(p["offset"]), str(p["dtype"]))
+                Param(
+                    tuple(map(str, p["names"])),
+                    tuple(map(_whole, p["shape"])),
+                    _whole(p["offset"]),
+                    str(p["dtype"]),
+                    None if p.get("part") is None else _part(p["part"]),
+                )
                 for p in b["params"]
             ),
         )
@@ -180,6 +261,13 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         {str(k): str(v) for k, v in raw["versions"].items()},
         files,
     )
+
+
+def _part(raw: Mapping[str, Any]) -> Part:
+    part = Part(_whole(raw["first"]), _whole(raw["length"]), _whole(raw["stride"]), _whole(raw["count"]))
+    if not 0 < part.length <= part.stride or not part.count:
+        raise ValueError(f"{raw!r} is no part of a parameter")
+    return part
 
 
 def _whole(value: Any) -> int:
@@ -215,12 +303,38 @@ def _check(manifest: Manifest, block_bytes: Any) -> None:
         for param in sorted(buffer.params, key=lambda p: p.offset):
             if not param.names or param.offset < end or param.offset + param.numel > buffer.numel:
                 refuse(f"parameter {param.names} does not lie within buffer {buffer.name!r}")
-            if seen & set(param.names):
+            if param.part is None and seen & set(param.names):
                 refuse(f"parameter {param.names} is there twice")
             seen |= set(param.names)
             end = param.offset + param.numel
+    for stored in manifest.stored():
+        _check_parts(stored, refuse)
     if len(set(manifest.names)) != len(manifest.names) or not seen <= set(manifest.names):
         refuse("names of parameters are missing or there twice")
     for names in manifest.optimizers:
         if missing := [n for n in names if n not in seen]:
             refuse(f"an optimizer has parameter {missing[0]!r}, which is nowhere")
+
+
+def _check_parts(stored: Stored, refuse: Callable[[str], None]) -> None:
+    """Refuse parameters whose parts do not belong together, overlap, or leave elements out."""
+    params = [p for _, p in stored.places]
+    if all(p.part is None for p in params) and len(params) == 1:
+        return
+    alike = all(p.part is not None and (p.names, p.shape, p.dtype) == _identity(params[0]) for p in params)
+    parts = [p.elements for p in params]
+    inside = all(p.first + (p.count - 1) * p.stride + p.length <= stored.numel for p in parts)
+    if sum(p.count for p in parts) > MAX_RUNS:
+        refuse(f"parameter {stored.names} is in more than {MAX_RUNS} pieces")
+    if not alike or not inside or sum(p.numel for p in parts) != stored.numel:
+        refuse(f"the parts of parameter {stored.names} do not make up its {stored.numel} elements")
+    if any(b.planes != stored.planes for b, _ in stored.places):
+        refuse(f"the parts of parameter {stored.names} have different planes")
+    # As many elements as there are, and no start of a run inside of another: so each is there once.
+    starts = sorted((p.first + row * p.stride, p.length) for p in parts for row in range(p.count))
+    if any(a + length > b for (a, length), (b, _) in itertools.pairwise(starts)):
+        refuse(f"the parts of parameter {stored.names} overlap")
+
+
+def _identity(param: Param) -> tuple[Any, ...]:
+    return param.names, param.shape, param.dtype

@@ -63,8 +63,8 @@ def placeholders(engine: Engine) -> dict[str, Tensor]:
     """Return the state dict with tensors on the meta device for what the engine has; all else is copied."""
     state: dict[str, Any] = engine.root.state_dict(keep_vars=True)
     for name, value in state.items():
-        if isinstance(value, nn.Parameter) and (found := engine.unit_of(value)) is not None:
-            state[name] = torch.empty(value.shape, dtype=found[1].view_dtype, device="meta")
+        if isinstance(value, nn.Parameter) and (found := engine.places_of(value)):
+            state[name] = torch.empty(value.shape, dtype=found[0][1].view_dtype, device="meta")
         elif isinstance(value, Tensor):
             state[name] = value.detach().cpu().clone()
     return state

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.checkpoint.files import DTYPES, Folder, Reader, verified
-from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Param
+from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Stored
 from lightning_zinf.optim.average import PLANE
 from lightning_zinf.optim.update import master_of
 
@@ -168,11 +168,35 @@ class Checkpoint:
             if name not in reader.tensors:
                 raise KeyError(name)
             return reader.read(name).view(reader.shape(name))
-        buffer, param = self.locations[name]
-        start, stop = param.offset, param.offset + param.numel
-        if plane is not None:
-            return self.plane(buffer, plane, start, stop).view(param.shape)
-        return self.master(buffer, start, stop).to(DTYPES[param.dtype]).view(param.shape)
+        stored = self.locations[name]
+        return self.elements(stored, 0, stored.numel, plane).view(stored.shape)
+
+    def elements(
+        self,
+        stored: Stored,
+        start: int,
+        stop: int,
+        plane: str | None = None,
+        averages: Averages | None = None,
+        average: bool = False,
+    ) -> Tensor:
+        """Return the elements ``[start, stop)`` of a parameter, in its own dtype, or of a plane of its state.
+
+        Args:
+            stored: The parameter.
+            start: First element.
+            stop: The end.
+            plane: Name of the plane; None for values.
+            averages: How the checkpoint has averages.
+            average: Whether values are averages, if there are any.
+        """
+        parts = [
+            self.values(b, low, low + n, averages, average).to(DTYPES[stored.dtype])
+            if plane is None
+            else self.plane(b, plane, low, low + n)
+            for b, low, n in stored.runs(start, stop)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def names(self) -> list[str]:
         """Return every name of the state dict, in its order."""
@@ -181,13 +205,11 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an entry of the state dict."""
         found = self.locations.get(name)
-        return self.reader(self.manifest.module).shape(name) if found is None else found[1].shape
+        return self.reader(self.manifest.module).shape(name) if found is None else found.shape
 
-    def params(self) -> Iterator[tuple[Buffer, Param]]:
-        """Yield every parameter once."""
-        for buffer in self.manifest.buffers:
-            for param in buffer.params:
-                yield buffer, param
+    def params(self) -> list[Stored]:
+        """Return every parameter once."""
+        return self.manifest.stored()
 
     def trainer(self, weights_only: bool | None = None) -> dict[str, Any]:
         """Return everything that is no tensor of the model or the optimizers."""
@@ -223,8 +245,8 @@ class ShardedStateDict(dict[str, Any]):
         value = super().__getitem__(name)
         if value is not None or self.averages is None or name not in self.source.locations:
             return self.source.tensor(name) if value is None else value
-        buffer, param = self.source.locations[name]
-        return self.read(buffer, param.offset, param.offset + param.numel).to(DTYPES[param.dtype]).view(param.shape)
+        stored = self.source.locations[name]
+        return self.source.elements(stored, 0, stored.numel, None, self.averages, average=True).view(stored.shape)
 
     def read(self, buffer: Buffer, start: int, stop: int) -> Tensor:
         """Return the float32 values of the elements ``[start, stop)`` of a buffer of the checkpoint."""

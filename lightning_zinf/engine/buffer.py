@@ -81,6 +81,7 @@ class FlatBuffer:
         self.context = context
         self.device = context.device
         self.layout: FlatLayout = context.layout_of([tuple(p.shape) for p in params], compute_dtype.itemsize)
+        self.origins = [paging.origin_of(p) for p in params]
         self.classes = [paging.original_class(p) for p in params]
         self.stand_ins = [paging.stand_in(p.shape, compute_dtype, self.device) for p in params]
         self.state: State | None = None

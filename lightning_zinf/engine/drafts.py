@@ -145,8 +145,9 @@ def draft_buffers(
             compute = param.dtype
             if param.dtype == torch.float32 and (precision == "bf16-true" or id(param) not in full):
                 compute = COMPUTE_DTYPES[precision]
-            learns = id(param) in trained if trained else param.requires_grad
-            planes = (kept or {}).get(id(param), MOMENTS) if learns else ()
+            key = id(paging.origin_of(param).param)
+            learns = key in trained if trained else param.requires_grad
+            planes = (kept or {}).get(key, MOMENTS) if learns else ()
             draft = Draft(plan, [], [], compute, learns and bool(trained), learns, shards, planes)
             draft = groups.setdefault((compute, param.dtype, learns, planes), draft)
             draft.names.append(name)

@@ -50,9 +50,11 @@ from lightning_zinf.memory.placement import Placement
 from lightning_zinf.memory.planner import Plan
 from lightning_zinf.monitor.trace import follow_profiler, span
 from lightning_zinf.optim.update import Update
+from lightning_zinf.parameters import owner_of
 
 if TYPE_CHECKING:
     from lightning_zinf.config import PartitionConfig
+    from lightning_zinf.tiling.parameter import TiledParameter
 
 
 @dataclass(eq=False)
@@ -130,6 +132,7 @@ class Engine:
         context: Rings, stores and counters.
         prefetch: Whether to fetch ahead along the recorded order.
         reduce_bytes: Bytes of gradients that may be under way to other ranks in a backward.
+        tiled: The parameters of which units have tiles.
     """
 
     def __init__(
@@ -140,7 +143,9 @@ class Engine:
         *,
         prefetch: bool = True,
         reduce_bytes: int = 256 * 2**20,
+        tiled: Sequence[TiledParameter] = (),
     ) -> None:
+        self.tiled = list(tiled)
         self.root = root
         self.units = units
         self.context = context
@@ -171,6 +176,9 @@ class Engine:
         context.fault = self._on_fault
         context.computing = self._computing
         context.updates_soon = lambda buffer: self.early.expected(self.pager.unit_with(buffer))
+        self.pager.close_wholes = self._close_wholes
+        for parameter in self.tiled:
+            parameter.install(self._computing)
         self._install_hooks()
 
     def handle_activations(
@@ -459,6 +467,9 @@ class Engine:
 
         Args:
             failed: It ended with an exception.
+
+        Raises:
+            RuntimeError: If a gradient went past the tiles of a parameter.
         """
         if self._backward_nets:
             self._backward_nets -= 1
@@ -467,6 +478,9 @@ class Engine:
         self._after_backward()
         if self.activations is not None:
             self.activations.after_backward(failed=failed)
+        if not failed:
+            for parameter in self.tiled:
+                parameter.check_grad()
         if self.reducer is not None and self.reducer.early and not failed:
             self._finish_reduction("the end of a backward")
         else:
@@ -609,6 +623,18 @@ class Engine:
         """Return where a parameter lives, or None if this engine does not manage it."""
         return self.pager.unit_of(param)
 
+    def places_of(self, param: nn.Parameter) -> list[tuple[Unit, FlatBuffer, int]]:
+        """Return where a parameter of the user lives: one place, or that of each of its tiles; none if not here."""
+        entry = owner_of(param)
+        tiled = None if entry is None else next((t for t in self.tiled if t is entry[0]), None)
+        places = map(self.unit_of, [param] if tiled is None else tiled.tiles)
+        return [place for place in places if place is not None]
+
+    def _close_wholes(self) -> None:
+        """Take in what code outside of steps did to parameters that are in tiles."""
+        for parameter in self.tiled:
+            parameter.close()
+
     def dissolve(self) -> None:
         """Turn every parameter back into an ordinary tensor with the master's value, and give all memory back.
 
@@ -627,4 +653,6 @@ class Engine:
                 values = [[v.to(b.view_dtype, copy=True) for v in b.views_of(b.read_master())] for b in unit.buffers]
             for buffer, tensors in zip(unit.buffers, values, strict=True):
                 buffer.let_go(tensors)
+        for parameter in self.tiled:
+            parameter.dissolve()
         self.context.close()

@@ -60,6 +60,7 @@ class Pager:
         self._prefetch_on = prefetch
         self.rounds: Rounds | None = None
         self.early = EarlyUpdates(units)
+        self.close_wholes: Callable[[], None] = _nothing
         self._wanted: list[Unit] = []
         self._arriving: list[FlatBuffer] = []
         self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
@@ -295,6 +296,7 @@ class Pager:
 
     def flush_host(self) -> None:
         """Take in what code outside of compute did to parameters, and release them."""
+        self.close_wholes()
         for unit in list(self._host):
             self.close_host(unit)
 
@@ -321,6 +323,7 @@ class Pager:
 
         With several ranks, all of them must do so, for all units in the same order.
         """
+        self.close_wholes()
         if unit.state is UnitState.HOST:
             self.close_host(unit)
         if self.rounds is not None:
@@ -360,6 +363,7 @@ class Pager:
 
     def update(self, buffer: FlatBuffer, update: Update) -> None:
         """Apply an optimizer step to a buffer, now or when its weights are next needed."""
+        self.close_wholes()
         unit = self.unit_with(buffer)
         with torch.inference_mode(False), torch.no_grad():
             if unit.state is UnitState.HOST:
@@ -427,6 +431,10 @@ class Pager:
                 self.release(unit)
                 for buffer in unit.buffers:
                     buffer.weights.whole = False
+
+
+def _nothing() -> None:
+    pass
 
 
 def _described(units: list[Unit]) -> str:

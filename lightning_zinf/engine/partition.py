@@ -17,7 +17,7 @@ from lightning_zinf.config import PartitionConfig, Tier
 from lightning_zinf.engine.activations import open_store
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
-from lightning_zinf.engine.drafts import Draft, check_parameters, describe_model, draft_buffers
+from lightning_zinf.engine.drafts import COMPUTE_DTYPES, Draft, check_parameters, describe_model, draft_buffers
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.recompute import modules_to_recompute
 from lightning_zinf.engine.residence import AliasedWeights, DeviceWeights
@@ -25,12 +25,15 @@ from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
 from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes, stack_bytes
 from lightning_zinf.memory.nvme import NvmeStore
+from lightning_zinf.memory.placement import tile_limit
 from lightning_zinf.memory.planner import Decision, Machine, Plan, PlanOptions, Rates, make_plan
 from lightning_zinf.memory.planner.residency import reduce_bytes
 from lightning_zinf.memory.slots import Slot, SlotRing
 from lightning_zinf.memory.state import plane_dtype
 from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
+from lightning_zinf.tiling.parameter import TiledParameter
+from lightning_zinf.tiling.plan import plan_tiles
 
 _SHOW_PROGRESS_BYTES = 512 * 2**20
 
@@ -49,7 +52,7 @@ def engine_of(module: nn.Module) -> Engine | None:
 def engines_of(params: Iterable[nn.Parameter]) -> list[Engine]:
     """Return the engines that manage any of these parameters."""
     wanted = list(params)
-    return [engine for engine in _ENGINES.values() if any(engine.unit_of(p) for p in wanted)]
+    return [engine for engine in _ENGINES.values() if any(engine.places_of(p) for p in wanted)]
 
 
 def forget(root: nn.Module) -> None:
@@ -84,19 +87,21 @@ def partition(
     """
     trained_ids = {id(p) for p in trained}
     check_parameters(root, trained_ids)
-    plans = find_units(root, config.memory.unit_bytes, config.units)
-    recomputed = modules_to_recompute(root, [p.module for p in plans], config.activation_checkpointing)
     counters = Counters()
     comm = None if ranks is None or ranks.world_size == 1 else Collectives(ranks, counters)
-    drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
     free = _free_everywhere(config.device, comm, stack_bytes(config.io.threads * len(config.nvme_paths)))
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
+    tiled = _tiled(root, config, free, cpu)
+    plans = find_units(root, config.memory.unit_bytes, config.units, {id(t.param) for t in tiled})
+    recomputed = modules_to_recompute(root, [p.module for p in plans], config.activation_checkpointing)
+    plans = [*plans[:-1], *_plans_of_tiles(tiled), plans[-1]]
+    drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
     model = describe_model(drafts, type(root).__name__)
     plan = make_plan(model, _machine(config, free, comm, aliased=cpu), options_of(config))
     _refuse_what_does_not_fit(plan, _present_bytes(root, config.device), training=bool(trained_ids))
     decision = plan.decision
     context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
-    builder = _Builder(config, context, decision, drafts)
+    builder = _Builder(config, context, decision, drafts, tiled)
     try:
         builder.install()
         with large_blocks_apart():
@@ -108,12 +113,33 @@ def partition(
         raise
     assert plan.size.whole is not None
     under_way = reduce_bytes(plan.size.largest_unit, plan.size.whole)
-    engine = Engine(root, units, context, prefetch=config.overlap.prefetch, reduce_bytes=under_way)
+    engine = Engine(root, units, context, prefetch=config.overlap.prefetch, reduce_bytes=under_way, tiled=tiled)
     if recomputed or store is not None:
         engine.handle_activations(recomputed, store, config.memory.activation_min_bytes)
     engine.placement, engine.config, engine.plan = decision.where, config, plan
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
+
+
+def _tiled(root: nn.Module, config: PartitionConfig, free: _Free, aliased: bool) -> list[TiledParameter]:
+    """Cut what is too large into tiles, which have no values yet."""
+    limit = config.tiling.max_tile_bytes
+    if limit == "auto":
+        memory = config.memory
+        budget = (memory.host_bytes, free.host) if aliased else (memory.device_bytes, free.device)
+        limit = tile_limit(*budget)
+    compute = COMPUTE_DTYPES[config.precision].itemsize
+    plans = plan_tiles(root, limit, lambda p: compute if p.dtype == torch.float32 else p.dtype.itemsize)
+    return [TiledParameter(p.name, p.param, p.grid, p.modules, config.device) for p in plans]
+
+
+def _plans_of_tiles(tiled: Sequence[TiledParameter]) -> list[UnitPlan]:
+    """Return a unit for each tile."""
+    return [
+        UnitPlan(f"{t.name}[{number}]", module, [(t.name, module.weight)])
+        for t in tiled
+        for number, module in enumerate(t.modules)
+    ]
 
 
 @dataclass(frozen=True)
@@ -197,11 +223,18 @@ class _Builder:
         context: What the buffers share.
         decision: What rests where, unit by unit in the order of the drafts.
         drafts: The buffers.
+        tiled: The parameters whose tiles are in some of them.
     """
 
     def __init__(
-        self, config: PartitionConfig, context: EngineContext, decision: Decision, drafts: Sequence[Draft]
+        self,
+        config: PartitionConfig,
+        context: EngineContext,
+        decision: Decision,
+        drafts: Sequence[Draft],
+        tiled: Sequence[TiledParameter] = (),
     ) -> None:
+        self._tiles = {id(tile): (t, i) for t in tiled for i, tile in enumerate(t.tiles)}
         self._config = config
         self._context = context
         self._decision = decision
@@ -268,6 +301,12 @@ class _Builder:
         flat = self._context.scratch(buffer.layout.padded_numel, buffer.view_dtype).zero_()
         with torch.no_grad():
             for param, view in zip(buffer.params, buffer.views_of(flat), strict=True):
+                if id(param) in self._tiles:
+                    whole, number = self._tiles[id(param)]
+                    view.copy_(whole.take(number))
+                    whole.taken(number)
+                    param.data = torch.empty(0, dtype=buffer.view_dtype)
+                    continue
                 view.copy_(param.data)
                 page = paging.owner_of(param)
                 if page is not None:

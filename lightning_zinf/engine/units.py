@@ -19,7 +19,7 @@ correctness: a released parameter that is used outside of its unit's forward com
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -129,13 +129,16 @@ class UnitPlan:
     params: list[tuple[str, nn.Parameter]]
 
 
-def find_units(root: nn.Module, unit_bytes: int, classes: Sequence[str] = ()) -> list[UnitPlan]:
+def find_units(
+    root: nn.Module, unit_bytes: int, classes: Sequence[str] = (), apart: Collection[int] = ()
+) -> list[UnitPlan]:
     """Cut a model into units, in the order of ``root.named_modules()``, the root last.
 
     Args:
         root: The model.
         unit_bytes: Largest subtree without repeated blocks that becomes one unit.
         classes: Class names of modules that are units in any case.
+        apart: ``id`` of each parameter that is left out: its tiles are units of their own.
 
     Raises:
         ValueError: If a name in ``classes`` is not the class of any module.
@@ -144,8 +147,8 @@ def find_units(root: nn.Module, unit_bytes: int, classes: Sequence[str] = ()) ->
     unknown = [c for c in classes if c not in present]
     if unknown:
         raise ValueError(f"units={list(classes)!r}: the model has no module of class {', '.join(map(repr, unknown))}")
-    heads = list(_heads(root, "", unit_bytes, frozenset(classes), top=True))
-    seen: set[int] = set()
+    heads = list(_Heads(unit_bytes, frozenset(classes), apart).of(root, "", top=True))
+    seen: set[int] = set(apart)
     plans: list[UnitPlan] = []
     for name, module in [*heads, ("", root)]:
         # An inner unit takes its parameters first, so that an outer one has what is left.
@@ -159,47 +162,55 @@ def find_units(root: nn.Module, unit_bytes: int, classes: Sequence[str] = ()) ->
     return [p for p in plans if p.params or p.module is root]
 
 
-def _heads(
-    module: nn.Module, name: str, unit_bytes: int, classes: frozenset[str], *, top: bool = False
-) -> Iterator[tuple[str, nn.Module]]:
-    size = _nbytes(module)
-    if size == 0:
-        return
-    leaf = not any(True for _ in module.children())
-    whole = not isinstance(module, _CONTAINERS) and size >= SMALL and not _has_blocks(module)
-    if not top and (type(module).__name__ in classes or (whole and (leaf or size <= unit_bytes))):
-        yield name, module
-        yield from _named(module, name, classes)
-        return
-    blocks = _blocks(module)
-    for child_name, child in module.named_children():
-        full = f"{name}.{child_name}" if name else child_name
-        if child in blocks and not isinstance(child, _CONTAINERS):
-            yield full, child
-            yield from _named(child, full, classes)
-        else:
-            yield from _heads(child, full, unit_bytes, classes)
+class _Heads:
+    """Finds the modules that become units.
 
+    Args:
+        unit_bytes: Largest subtree without repeated blocks that becomes one unit.
+        classes: Class names of modules that are units in any case.
+        apart: ``id`` of each parameter that does not count.
+    """
 
-def _named(module: nn.Module, name: str, classes: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of named classes inside of a unit: units inside of it."""
-    for inner_name, inner in module.named_modules():
-        if inner is not module and type(inner).__name__ in classes and _nbytes(inner):
-            yield f"{name}.{inner_name}", inner
+    def __init__(self, unit_bytes: int, classes: frozenset[str], apart: Collection[int]) -> None:
+        self._unit_bytes, self._classes, self._apart = unit_bytes, classes, apart
 
+    def of(self, module: nn.Module, name: str, *, top: bool = False) -> Iterator[tuple[str, nn.Module]]:
+        """Yield those at and below ``module`` with their names."""
+        size = self._nbytes(module)
+        if size == 0:
+            return
+        leaf = not any(True for _ in module.children())
+        whole = not isinstance(module, _CONTAINERS) and size >= SMALL and not self._has_blocks(module)
+        named = type(module).__name__ in self._classes
+        if not top and (named or (whole and (leaf or size <= self._unit_bytes))):
+            yield name, module
+            yield from self._named(module, name)
+            return
+        blocks = self._blocks(module)
+        for child_name, child in module.named_children():
+            full = f"{name}.{child_name}" if name else child_name
+            if child in blocks and not isinstance(child, _CONTAINERS):
+                yield full, child
+                yield from self._named(child, full)
+            else:
+                yield from self.of(child, full)
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks among the children of a container."""
-    if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-        return []
-    children = [c for c in module.children() if _nbytes(c)]
-    kinds = [type(c) for c in children]
-    return [c for c in children if kinds.count(type(c)) > 1]
+    def _named(self, module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules of named classes inside of a unit: units inside of it."""
+        for inner_name, inner in module.named_modules():
+            if inner is not module and type(inner).__name__ in self._classes and self._nbytes(inner):
+                yield f"{name}.{inner_name}", inner
 
+    def _blocks(self, module: nn.Module) -> list[nn.Module]:
+        """Return the repeated blocks among the children of a container."""
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            return []
+        children = [c for c in module.children() if self._nbytes(c)]
+        kinds = [type(c) for c in children]
+        return [c for c in children if kinds.count(type(c)) > 1]
 
-def _has_blocks(module: nn.Module) -> bool:
-    return any(_blocks(m) for m in module.modules())
+    def _has_blocks(self, module: nn.Module) -> bool:
+        return any(self._blocks(m) for m in module.modules())
 
-
-def _nbytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.dtype.itemsize for p in module.parameters())
+    def _nbytes(self, module: nn.Module) -> int:
+        return sum(p.numel() * p.dtype.itemsize for p in module.parameters() if id(p) not in self._apart)

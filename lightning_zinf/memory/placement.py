@@ -117,9 +117,22 @@ def slot_budget(size: ModelSize, asked: int | None, free: int, option: str) -> i
     if least > limit:
         raise ValueError(
             f"the largest unit of the model needs {_gib(least)} of memory for its gathered weights, but only "
-            f"{_gib(limit)} {where}: allow more, or cut the model into smaller units (units=..., memory.unit_bytes)"
+            f"{_gib(limit)} {where}: allow more, or cut the model into smaller units (units=..., memory.unit_bytes) or "
+            "its layers into tiles (tiling.max_tile_bytes)"
         )
     return budget
+
+
+def tile_limit(asked: int | None, free: int) -> int:
+    """Return the most bytes that a tile of a weight may have so that the slots' budget holds enough of them.
+
+    Args:
+        asked: The budget in bytes that the user gave, of which half may go to planes that stay, and a third of the
+            rest to staging for state; None for none.
+        free: Free bytes of the memory that slots are in.
+    """
+    budget = free // 4 if asked is None else asked // 3
+    return max(1, budget // (UNITS_AHEAD + 1))
 
 
 def tile_count(asked: int | None, tile_bytes: int, largest_state: int, free: int) -> int:

@@ -75,13 +75,14 @@ class OptimizerBinding:
             ValueError: If a parameter is not the model's, or of a dtype that cannot be trained.
         """
         for param in group["params"]:
-            found = self.engine.unit_of(param)
-            if found is None:
+            found = self.engine.places_of(param)
+            if not found:
                 raise ValueError(
                     f"the optimizer has a parameter of shape {tuple(param.shape)} and dtype {param.dtype} that the "
                     "strategy does not manage: it takes float32 and bfloat16 parameters of the LightningModule"
                 )
-            found[1].need_planes(self.rule.planes(group))
+            for _, buffer, _ in found:
+                buffer.need_planes(self.rule.planes(group))
 
     def buffers(self) -> list[FlatBuffer]:
         """Return the buffers that have parameters of this optimizer."""
@@ -92,10 +93,10 @@ class OptimizerBinding:
         buffers: dict[int, tuple[FlatBuffer, dict[int, dict[str, Any]]]] = {}
         for group in self.optimizer.param_groups:
             for param in group["params"]:
-                found = self.engine.unit_of(param)
-                assert found is not None, "an unmanaged parameter passed adopt_group"
-                _, buffer, index = found
-                buffers.setdefault(id(buffer), (buffer, {}))[1][index] = group
+                found = self.engine.places_of(param)
+                assert found, "an unmanaged parameter passed adopt_group"
+                for _, buffer, index in found:
+                    buffers.setdefault(id(buffer), (buffer, {}))[1][index] = group
         yield from buffers.values()
 
     # ------------------------------------------------------------------ clipping

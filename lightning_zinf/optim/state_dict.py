@@ -48,7 +48,7 @@ def optimizer_rest(binding: OptimizerBinding) -> dict[str, Any]:
     params = owned_params(binding.optimizer)
     number = {id(p): i for i, p in enumerate(params)}
     state = {
-        number[id(buffer.params[j])]: rest
+        number[id(buffer.origins[j].param)]: rest
         for buffer in binding.buffers()
         for j, (rest, _) in _entries(binding, buffer, number).items()
     }
@@ -68,14 +68,23 @@ def _collect(binding: OptimizerBinding, buffer: FlatBuffer, number: dict[int, in
     # The same on all ranks, which gather the planes together.
     planes = {name: _views(buffer, name) for name in sorted({name for _, own in entries.values() for name in own})}
     for j, (rest, own) in entries.items():
-        state[number[id(buffer.params[j])]] = {**rest, **{name: planes[name][j].clone() for name in own}}
+        origin = buffer.origins[j]
+        entry = state.setdefault(number[id(origin.param)], {})
+        entry.update(rest)  # equal in all tiles of a parameter
+        for name in own:
+            if origin.whole:
+                entry[name] = planes[name][j].clone()
+                continue
+            if name not in entry:
+                entry[name] = torch.zeros(origin.shape, dtype=planes[name][j].dtype)
+            origin.put(entry[name], planes[name][j])
 
 
 def _entries(
     binding: OptimizerBinding, buffer: FlatBuffer, number: dict[int, int]
 ) -> dict[int, tuple[dict[str, Any], tuple[str, ...]]]:
     """Return what the rule says of those of a buffer's parameters that have state."""
-    found = {j: binding.rule.entry(buffer, j) for j, p in enumerate(buffer.params) if id(p) in number}
+    found = {j: binding.rule.entry(buffer, j) for j, o in enumerate(buffer.origins) if id(o.param) in number}
     return {j: entry for j, entry in found.items() if entry is not None}
 
 
@@ -94,7 +103,7 @@ def load_optimizer_state_dict(binding: OptimizerBinding, state_dict: Mapping[str
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for unit in engine.units:
         for buffer in unit.buffers:
-            if any(id(p) in states for p in buffer.params):
+            if any(id(o.param) in states for o in buffer.origins):
                 _load_buffer(binding, buffer, states, groups)
     for group, packed in zip(optimizer.param_groups, saved, strict=True):
         group.update({k: v for k, v in packed.items() if k not in ("params", "param_names")})
@@ -106,28 +115,28 @@ def _load_buffer(
     states: Mapping[int, Mapping[str, Any]],
     groups: Mapping[int, dict[str, Any]],
 ) -> None:
-    indices = [j for j, p in enumerate(buffer.params) if id(p) in states]
-    names = sorted({name for j in indices for name in binding.rule.planes(groups[id(buffer.params[j])])})
+    indices = [j for j, o in enumerate(buffer.origins) if id(o.param) in states]
+    names = sorted({name for j in indices for name in binding.rule.planes(groups[id(buffer.origins[j].param)])})
     buffer.need_planes(tuple(names))
     buffer.before_change()
     planes = {name: _read(buffer, name) for name in names}
     first, end = buffer.shard_range
     parts = {index: (offset, low, numel) for index, offset, low, numel in buffer.layout.overlaps(first, end)}
     for j in indices:
-        name, param = buffer.names[j], buffer.params[j]
-        entry, group = states[id(param)], groups[id(param)]
+        name, origin = buffer.names[j], buffer.origins[j]
+        entry, group = states[id(origin.param)], groups[id(origin.param)]
         binding.rule.restore(buffer, j, entry, group)
         for plane in binding.rule.planes(group):
             value = entry.get(plane)
-            if value is not None and tuple(value.shape) != tuple(param.shape):
+            if value is not None and tuple(value.shape) != origin.shape:
                 raise ValueError(
                     f"optimizer state {plane!r} of parameter {name!r} has shape {tuple(value.shape)}, but the "
-                    f"parameter has shape {tuple(param.shape)}"
+                    f"parameter has shape {origin.shape}"
                 )
             if j in parts:
                 offset, low, numel = parts[j]
                 view = planes[plane][low - first : low - first + numel]
-                view.copy_(value.reshape(-1)[offset : offset + numel]) if value is not None else view.zero_()
+                origin.cut(value, offset, view) if value is not None else view.zero_()
     assert buffer.state is not None, buffer
     for plane in names:
         buffer.state.write(plane, planes[plane])

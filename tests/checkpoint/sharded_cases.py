@@ -18,6 +18,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "stage-2": {"stage": 2},
     "stage-1": {"stage": 1},
     "copies": {"stage": 2, "shard_size": 1},
+    "tiled": {
+        "offload_params": "nvme",
+        "offload_optimizer": "nvme",
+        "tiling": lightning_zinf.TilingConfig(16 * 130 * 2),
+    },
 }
 
 

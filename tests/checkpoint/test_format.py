@@ -116,8 +116,8 @@ def test_damaged_manifests_are_refused(tmp_path: Path) -> None:
     for cut in range(0, len(text), 97):
         with pytest.raises(CheckpointError, match=r"manifest.json is not JSON"):
             Manifest.from_json(text[:cut], "manifest.json")
-    with pytest.raises(CheckpointError, match="format version 2, and this lightning-zinf reads up to 1: upgrade"):
-        Manifest.from_json(json.dumps({**raw, "version": 2}), "manifest.json")
+    with pytest.raises(CheckpointError, match="format version 3, and this lightning-zinf reads up to 2: upgrade"):
+        Manifest.from_json(json.dumps({**raw, "version": 3}), "manifest.json")
 
 
 def test_damaged_headers_are_refused(tmp_path: Path) -> None:

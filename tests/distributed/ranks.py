@@ -12,6 +12,7 @@ from driver import TILE, Session, Where, session
 from models import ZOO
 from oracle import Recipe, Result
 from pool import PATIENCE
+from tiled_models import TILED
 from together import Setting
 
 from lightning_zinf.comm.group import Ranks, ranks_of
@@ -35,7 +36,7 @@ def train(
     observe: Callable[..., Any] | None = None,
 ) -> tuple[Result, Any]:
     """Train a model of the zoo on this rank; return the result, and what ``observe`` says of the session."""
-    case = ZOO[name]
+    case = {**ZOO, **TILED}[name]
     io = IOConfig(tile_numel=TILE // 2, threads=2, backend="threads")
     with session(
         case,

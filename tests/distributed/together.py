@@ -41,7 +41,7 @@ def mean(grads: list[Tensor], shard: int) -> Tensor:
 
 def train_together(case: Case, precision: str, recipe: Recipe, setting: Setting) -> Result:
     """Train a model of the zoo; losses are rank 0's. Micro-batch ``m`` of rank ``r`` is batch ``m * world + r``."""
-    plain = Plain(case.make(), precision, recipe)
+    plain = Plain(case.oracle(case.make(), precision), precision, recipe)
     world, shard = setting.world, setting.shard or setting.world
     losses: list[float] = []
     for step in range(recipe.steps):

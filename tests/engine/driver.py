@@ -14,13 +14,14 @@ from oracle import Recipe, Result, autocast, put_state
 from torch import Tensor, nn
 
 from lightning_zinf.comm.group import Ranks
-from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OffloadActivations, OverlapConfig
+from lightning_zinf.config import IOConfig, MemoryConfig, Offload, OffloadActivations, OverlapConfig, TilingConfig
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import PartitionConfig, partition
 from lightning_zinf.engine.units import find_units
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.optim.binding import OptimizerBinding
 from lightning_zinf.optimizers import planes_of, rules_of
+from lightning_zinf.tiling.plan import plan_tiles
 
 CPU = torch.device("cpu")
 TILE = 8192
@@ -65,12 +66,19 @@ class Where:
 
 
 def buffer_sizes(
-    module: nn.Module, precision: str, units: tuple[str, ...], shards: int = 1
+    module: nn.Module, precision: str, units: tuple[str, ...], shards: int = 1, tile_bytes: int | None = None
 ) -> dict[str, list[tuple[int, int]]]:
     """Return ``(elements, bytes of one)`` of each unit's flat buffers, by the layout's arithmetic alone."""
     found: dict[str, list[tuple[int, int]]] = {}
     whole = {id(p) for m in module.modules() if isinstance(m, BATCH_NORM) for p in m.parameters(recurse=False)}
-    for plan in find_units(module, MemoryConfig().unit_bytes, units):
+    width = 4 if precision == "32-true" else 2
+    tiled = plan_tiles(module, tile_bytes, lambda p: min(width, p.dtype.itemsize))
+    for tile_plan in tiled:
+        itemsize = min(width, tile_plan.param.dtype.itemsize)
+        for number, shape in enumerate(tile_plan.grid.shapes(tuple(tile_plan.param.shape[1:]))):
+            numel = FlatLayout.build([shape], itemsize, shards).padded_numel
+            found[f"{tile_plan.name}[{number}]"] = [(numel, itemsize)]
+    for plan in find_units(module, MemoryConfig().unit_bytes, units, {id(t.param) for t in tiled}):
         groups: dict[tuple[object, ...], list[nn.Parameter]] = {}
         for _, param in plan.params:
             low = param.dtype == torch.bfloat16 or (precision != "32-true" and id(param) not in whole)
@@ -83,10 +91,15 @@ def buffer_sizes(
 
 
 def tight_memory(
-    module: nn.Module, precision: str, units: tuple[str, ...], shards: int = 1, kept: int = 8
+    module: nn.Module,
+    precision: str,
+    units: tuple[str, ...],
+    shards: int = 1,
+    kept: int = 8,
+    tile_bytes: int | None = None,
 ) -> MemoryConfig:
     """Return about the least memory that pages can do with: the largest unit beside the root's, and two tiles."""
-    sizes = buffer_sizes(module, precision, units, shards)
+    sizes = buffer_sizes(module, precision, units, shards, tile_bytes)
     totals = {name: sum(numel * itemsize for numel, itemsize in buffers) for name, buffers in sizes.items()}
     least = max(totals.values()) + (totals[""] if max(totals.values()) != totals[""] else 0)
     buffers = [buffer for unit in sizes.values() for buffer in unit]
@@ -198,8 +211,9 @@ class Session:
             for buffer in unit.buffers:
                 with engine.loaded(unit):
                     masters = buffer.views_of(buffer.read_master())
-                for index, name in enumerate(buffer.names):
-                    result.masters[name] = masters[index].clone()
+                for name, origin, master in zip(buffer.names, buffer.origins, masters, strict=True):
+                    whole = result.masters.setdefault(name, torch.empty(origin.shape, dtype=master.dtype))
+                    origin.put(whole, master)
         names = {id(p): n for n, p in self.model.named_parameters()}
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
         states = self.optimizer.state_dict()["state"]
@@ -239,7 +253,9 @@ def session(
     if memory is None:
         shards = 1 if ranks is None else ranks.shard_size
         kept = 4 * max(len(planes) for planes in names.values())
-        memory = tight_memory(model, precision, case.units, shards, kept) if where.tight else MemoryConfig()
+        memory = (
+            tight_memory(model, precision, case.units, shards, kept, case.tile_bytes) if where.tight else MemoryConfig()
+        )
         if where.share is not None:
             memory = part_of_memory(model, precision, case.units, where.share)
     memory = replace(memory, activation_bytes=where.activation_bytes, activation_min_bytes=1)
@@ -252,6 +268,7 @@ def session(
         units=case.units,
         memory=memory,
         overlap=OverlapConfig(prefetch=where.prefetch, update=where.update),
+        tiling=TilingConfig(case.tile_bytes),
         io=io or IOConfig(tile_numel=TILE, threads=2, backend="threads"),
         aliased=where.aliased,
         stage=stage,

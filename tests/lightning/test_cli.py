@@ -106,6 +106,7 @@ def test_print_config_shows_nested_options() -> None:
     assert shown["stage"] == 2
     assert shown["memory"]["unit_bytes"] == 16 * 2**20
     assert shown["io"]["threads"] == IOConfig().threads
+    assert shown["tiling"] == {"max_tile_bytes": None}
 
 
 @pytest.mark.parametrize(

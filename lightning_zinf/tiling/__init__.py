@@ -1,0 +1,1 @@
+"""Memory-centric tiling: big operators as sequences of tiles."""
