@@ -93,8 +93,8 @@ def contents(path: Any) -> dict[str, Tensor]:
         source.verify(info.path for info in source.manifest.files)
         for name in source.names():
             found[name] = source.tensor(name)
-        for buffer, param in source.params():
-            for plane in buffer.planes:
+        for param in source.params():
+            for plane in param.planes:
                 found[f"{param.names[0]}, {plane}"] = source.tensor(param.names[0], plane)
         for number, state in enumerate(source.trainer()["optimizer_states"]):
             for index, entry in state["state"].items():
