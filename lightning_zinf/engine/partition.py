@@ -245,7 +245,7 @@ class _Builder:
 
     def _paged(self, tier: Tier) -> bool:
         """Whether weights that rest there are gathered into slots."""
-        aliased, sharded = self._context.aliased, self._context.comm is not None and self._config.stage == 3
+        aliased, sharded = self._context.aliased, self._context.shards > 1 and self._config.stage == 3
         return tier == "nvme" or (tier == "host" and not aliased) or sharded
 
     def _tiers_of(self, draft: Draft) -> tuple[Tier, Tier]:

@@ -74,6 +74,11 @@ def test_four_ranks(setting: Setting, tmp_path: Path) -> None:
     check("gpt", "bf16-mixed", where, setting, tmp_path)
 
 
+@pytest.mark.parametrize(("where", "stage"), [(PLACES[2][0], 2), (PLACES[3][0], 3), (PLACES[3][1], 3)], ids=str)
+def test_a_copy_of_the_model_on_each_rank(where: Where, stage: int, tmp_path: Path) -> None:
+    check("gpt", "bf16-mixed", where, Setting(2, stage, shard=1), tmp_path)
+
+
 @pytest.mark.parametrize(("where", "stage"), [(PLACES[1][0], 1), (PLACES[2][1], 2), (PLACES[3][1], 3)], ids=str)
 @pytest.mark.parametrize("name", ["gpt", "mixture"])
 def test_float16(name: str, where: Where, stage: int, tmp_path: Path) -> None:
