@@ -202,6 +202,21 @@ def times(args: argparse.Namespace) -> None:
         base = taken[args.factors[0]]
         ratios = [statistics.median(t / b for t, b in zip(taken[f], base, strict=True)) for f in args.factors]
         print(f"{place:<20}" + "".join(f"{r:>8.2f}" for r in ratios) + f"   {statistics.median(base):.4f}", flush=True)
+    if args.deepspeed:
+        deepspeed(args)
+
+
+def deepspeed(args: argparse.Namespace) -> None:
+    """Print what DeepSpeed's TiledLinear costs, in plain torch and in memory, beside its own untiled layer."""
+    command = [args.deepspeed, str(Path(__file__).with_name("_deepspeed_tiling.py"))]
+    for name in ("tokens", "rounds", "threads"):
+        command += [f"--{name}", str(getattr(args, name))]
+    command += ["--hidden", str(args.time_hidden), "--factors", *map(str, args.factors)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    if out.returncode:
+        sys.exit(f"DeepSpeed's TiledLinear failed:\n{out.stderr[-2000:]}")
+    ratios = json.loads(out.stdout.strip().splitlines()[-1])
+    print(f"{'DeepSpeed, no ZeRO':<20}" + "".join(f"{statistics.median(r):>8.2f}" for r in ratios.values()), flush=True)
 
 
 def one_run(strategy: Any, hidden: int, loader: Any) -> float:
@@ -236,6 +251,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--nvme-path", default="", help="folder on a disk; default: a temporary one here")
+    parser.add_argument("--deepspeed", default="", help="an interpreter that has DeepSpeed, for its TiledLinear")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     for name in ("mode", "folder"):
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
