@@ -156,6 +156,7 @@ while True:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # it starts 50 processes
 def test_killed_at_any_instant(tmp_path: Path) -> None:
     """50 saves over the same folder are killed; what is there is complete, or nothing is."""
     script = tmp_path / "saver.py"

@@ -127,7 +127,8 @@ def least_memory(case: Case, precision: str) -> MemoryConfig:
         for name, buffers in buffer_sizes(case.make(), precision, case.units).items()
     }
     least = max(totals.values()) + totals[""]
-    return MemoryConfig(host_bytes=least + 2 * 4096 * (8 if precision == "32-true" else 10), device_bytes=least)
+    width = {"32-true": 8, "16-mixed": 12}.get(precision, 10)  # bytes of state of an element
+    return MemoryConfig(host_bytes=least + 2 * 4096 * width, device_bytes=least)
 
 
 @dataclass
