@@ -70,7 +70,7 @@ class ConstructionPager:
         pageable = param.device.type == "cpu" and param.dtype in (torch.float32, torch.bfloat16)
         if not pageable or param.nbytes < SMALLEST_PAGE or type(param.data) is not torch.Tensor:
             return
-        while self._live and self._live_bytes + param.nbytes > self._budget:
+        while self._live and self._live_bytes + param.nbytes > self._budget - self._budget // 4:  # the rest: pages
             self._page_out_oldest()
         self._live[id(param)] = weakref.ref(param)
         self._live_bytes += param.nbytes
@@ -90,7 +90,7 @@ class ConstructionPager:
     def _page_out(self, param: nn.Parameter) -> None:
         if not self.context.has_nvme:
             store = NvmeStore(self._folders, self._io, self.counters, chunk_bytes=_CHUNK)
-            ring = SlotRing(self._budget, self.context.allocate_device, self.counters)
+            ring = SlotRing(self._budget // 4, self.context.allocate_device, self.counters)
             self.context.install(nvme=store, ring=ring)
         page = FlatBuffer(f"page {self.pages}", [f"parameter {self.pages}"], [param], param.dtype, self.context)
         page.weights = AliasedWeights(page, None, self.context.nvme.allocate(page.weight_bytes))

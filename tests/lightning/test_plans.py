@@ -166,7 +166,7 @@ else:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cap", [70, 90, 140, 200, 300, 500, 900])
+@pytest.mark.parametrize("cap", [40, 90, 140, 200, 300, 500, 900])
 def test_memory_caps_from_outside_are_obeyed(cap: int, tmp_path: Path) -> None:
     """25 million parameters under RLIMIT_DATA: what is planned trains, what cannot be planned is refused by name.
 
