@@ -95,18 +95,19 @@ def keep_samplers(trainer: Any) -> None:
     trainer._accelerator_connector.use_distributed_sampler = False
 
 
-def meet_before_batches(trainer: Any, meet: Callable[[], None]) -> None:
-    """Call ``meet`` before the broadcast that Lightning 2.6 makes in every batch around the strategy (SIGTERM)."""
+def before_batches(trainer: Any, call: Callable[[], None]) -> None:
+    """Have ``call`` made before each training batch is fetched.
+
+    No hook of Lightning's comes as early: a checkpoint that is saved here goes on with this batch. And Lightning 2.6
+    broadcasts a flag around the strategy (SIGTERM) right after.
+    """
     loop = trainer.fit_loop.epoch_loop
-    broadcast = getattr(type(loop), "_broadcast_sigterm_tensor", None)
-    if broadcast is None:
-        return
 
-    def meet_and_broadcast() -> None:
-        meet()
-        broadcast(loop)
+    def call_and_advance(data_fetcher: Any) -> None:
+        call()
+        type(loop).advance(loop, data_fetcher)
 
-    loop._broadcast_sigterm_tensor = meet_and_broadcast
+    loop.advance = call_and_advance
 
 
 def convert_all_but_managed(root: nn.Module, dtype: torch.dtype) -> None:

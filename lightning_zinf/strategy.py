@@ -6,7 +6,6 @@ It does no tensor arithmetic, and keeps no state that the engine has: a module's
 """
 
 # No `from __future__ import annotations`: LightningCLI reads the annotations of the constructor.
-import functools
 import math
 import os
 from collections.abc import Iterator
@@ -159,6 +158,7 @@ class ZinfStrategyBody(CheckpointsPart):
         self.start_method = start_method
         self._failed = False
         self._joined = False
+        self._signals = None
         self.offload_params: Offload = offload_params
         self.offload_optimizer: Offload = offload_optimizer
         self.activation_checkpointing = activation_checkpointing
@@ -283,8 +283,7 @@ class ZinfStrategyBody(CheckpointsPart):
         self._partition(self.lightning_module, bind=fitting)
         self.setup_precision_plugin()
         if fitting:
-            if not self._alone:
-                _compat.meet_before_batches(trainer, functools.partial(self._meet, "the next batch"))
+            _compat.before_batches(trainer, self._between_batches)
             self.refuse_plugin()
             self._announce()
             self._store_plan(trainer)
@@ -387,6 +386,7 @@ class ZinfStrategyBody(CheckpointsPart):
 
     def on_exception(self, exception: BaseException) -> None:
         """Get the engine ready for whatever comes next."""
+        self._release_signals()
         if self._engine is not None:
             self._engine.reset()
             if self._engine.rounds is not None:
@@ -405,6 +405,7 @@ class ZinfStrategyBody(CheckpointsPart):
         Raises:
             OSError: On all ranks, if a checkpoint that was being saved in the background cannot be.
         """
+        self._release_signals()
         try:
             self._end_saving()
         finally:

@@ -1,6 +1,7 @@
 """The strategy over several ranks: processes, and meetings before Lightning's own collectives.
 
-Whoever waits in a collective cannot serve weights to others, so all ranks meet before each.
+Whoever waits in a collective cannot serve weights to others, so all ranks meet before each. Between batches they also
+agree on whose signal handlers run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lightning_zinf.comm.group import Ranks, ranks_of
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import engine_of
 from lightning_zinf.loaders import EvenLoader, needs_agreement
+from lightning_zinf.signals import DeferredSignals
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy as _Base
@@ -29,6 +31,7 @@ class RanksPart(_Base):
     start_method: str
     _failed: bool
     _joined: bool
+    _signals: DeferredSignals | None
 
     @property
     def engine(self) -> Engine:
@@ -99,6 +102,40 @@ class RanksPart(_Base):
         if not self._joined and engine.rounds is not None and engine.rounds.channel.broken is not None:
             return  # what ended an earlier run; this one has new ways to the other ranks when it is set up
         engine.meet(place)
+
+    # ------------------------------------------------------------------ signals
+
+    def on_train_start(self) -> None:
+        """From here on signal handlers wait for the end of a batch."""
+        super().on_train_start()
+        self._release_signals()
+        self._signals = DeferredSignals()
+
+    def _between_batches(self) -> None:
+        if not self._alone:
+            self._meet("the next batch")
+        self._handle_signals("the next batch")
+
+    def _handle_signals(self, place: str, *, last: bool = False) -> None:
+        if self._signals is not None:
+            told = [self._signals.tell()]
+            rounds = self.engine.rounds
+            if rounds is not None:
+                told = rounds.meet(f"the signals before {place}", told[0])
+            self._signals.handle(told, last=last)
+
+    def on_train_end(self) -> None:
+        """Run the signal handlers that still wait, and let later ones run at once."""
+        self._handle_signals("the end of training", last=True)
+        self._release_signals()
+        super().on_train_end()
+
+    def _release_signals(self) -> None:
+        if self._signals is not None:
+            self._signals.release()
+            self._signals = None
+
+    # ------------------------------------------------------------------ meetings
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""

@@ -61,9 +61,11 @@ import lightning_zinf
 
 class Signalled(Model):
     def on_train_batch_start(self, batch, batch_idx):
+        if sys.argv[2] == "signal" and self.trainer.global_step == 10:
+            os.kill(os.getpid(), signal.SIGUSR1)  # is handled when the step is done
+    def on_train_batch_end(self, *_):
         if sys.argv[2] == "signal" and self.trainer.global_step == 11:
             torch.save(lightning_zinf.full_state_dict(self), sys.argv[1] + "/then.pt")
-            os.kill(os.getpid(), signal.SIGUSR1)
 
 model = net(Signalled)
 used = trainer(sys.argv[1], strategy("nvme"), max_epochs=2, plugins=[SLURMEnvironment(auto_requeue=True)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +229,59 @@ class Saves(Net):
         x = self.blocks[1](x)
         self.save(1)
         return self.head(x) * self.scale
+
+
+class Signalled(Net):
+    """A signal comes in the second batch, at a place of its own on each rank, or on rank 0 only."""
+
+    ranks = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        if self.trainer.training and self.trainer.global_step == 1 and self.global_rank < self.ranks:
+            if self.global_rank == 0:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            x.register_hook(lambda grad: os.kill(os.getpid(), signal.SIGUSR1))
+        x = self.blocks[1](x)
+        return self.head(x) * self.scale
+
+
+def save_at_a_signal(rank: int, size: int, folder: Path, strategy: Any) -> tuple[list[int], list[dict[str, Tensor]]]:
+    """Return when the handlers ran, the weights with signals and without and after a whole step, and what was saved."""
+    model, handled = net(Signalled), []
+    running = build(size, lightning_zinf.ZinfStrategy(**strategy), folder)
+
+    def handler(*_: Any) -> None:
+        handled.append(running.global_step)
+        running.save_checkpoint(folder / "saved.ckpt")
+
+    earlier = signal.signal(signal.SIGUSR1, handler)
+    try:
+        running.fit(model, loader(8))
+    finally:
+        signal.signal(signal.SIGUSR1, earlier)
+    found = [state(model)]
+    for steps in (-1, 2):
+        model = net()
+        build(size, lightning_zinf.ZinfStrategy(**strategy), folder, max_steps=steps).fit(model, loader(8))
+        found.append(state(model))
+    loaded = net()
+    running = build(size, lightning_zinf.ZinfStrategy(**strategy), folder)
+    running.validate(loaded, loader(2), ckpt_path=folder / "saved.ckpt", verbose=False)
+    return handled, [*found, state(loaded)]
+
+
+def a_signal_to_one_rank(rank: int, size: int, folder: Path, strategy: Any) -> tuple[list[int], dict[str, Tensor]]:
+    """Return the steps at which the handler ran on this rank."""
+    model, handled = net(Signalled), []
+    model.ranks = 1
+    running = build(size, lightning_zinf.ZinfStrategy(**strategy), folder)
+    earlier = signal.signal(signal.SIGUSR1, lambda *_: handled.append(running.global_step))
+    try:
+        running.fit(model, loader(8))
+    finally:
+        signal.signal(signal.SIGUSR1, earlier)
+    return handled, state(model)
 
 
 def save_in_the_middle(rank: int, size: int, folder: Path, strategy: Any) -> list[dict[str, Tensor]]:

@@ -129,3 +129,17 @@ def test_1_08_saving_in_the_middle_on_ranks(setting: str, tmp_path: Path) -> Non
     for saving, plain, before, loaded in two(sections.save_in_the_middle, tmp_path, SETTINGS[setting]):
         assert_same(saving, plain)
         assert_same(loaded, before)
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def test_1_08_signals_on_ranks(setting: str, tmp_path: Path) -> None:
+    """Section 1.8 (checkpoints): handlers of signals that come at different places of a step run before the same batch
+    on all ranks; what they save is a whole step. A signal to one rank is handled there when training ends."""
+    for handled, (signalled, plain, step, loaded) in two(sections.save_at_a_signal, tmp_path, SETTINGS[setting]):
+        assert handled == [2]
+        assert_same(signalled, plain)
+        assert_same(loaded, step)
+    (alone, a), (none, b) = two(sections.a_signal_to_one_rank, tmp_path, SETTINGS[setting])
+    assert (alone, none) == ([4], [])
+    assert_same(a, b)
+    assert_same(a, plain)

@@ -6,8 +6,10 @@ See ``test_contract_sections.py``.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import signal
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -131,13 +133,14 @@ def test_1_08_checkpoints_through_a_plugin(tmp_path: Path) -> None:
 
 
 class Interrupted(Net):
-    """A signal arrives at some place of the third step, and its handler saves a checkpoint, as on SLURM."""
+    """Something happens at some place of the third step."""
 
     where = ""
+    what: Callable[[], None]
 
     def signal(self, here: str) -> None:
         if here == self.where and self.trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            self.what()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks[0](x)
@@ -156,13 +159,16 @@ class Interrupted(Net):
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_1_08_checkpoints_in_the_middle_of_user_code(tmp_path: Path, precision: Any, kind: str) -> None:
-    """Section 1.8 (checkpoints): a signal handler saves while code of the user runs within a step: what is saved is
-    what the last step left, and training goes on as if nothing had been."""
+    """Section 1.8 (checkpoints): code of the user saves within a step: what is saved is what the last step left, and
+    training goes on as if nothing had been. A signal's handler that saves, as SLURM's, does so after the step."""
     options = {**SHARDED, "state_dict_type": kind}
-    whole, before = net(Interrupted), net(Interrupted)
+    whole = net(Interrupted)
     trainer(tmp_path, zinf(**options), precision=precision).fit(whole, loader(4))
-    trainer(tmp_path, zinf(**options), precision=precision, max_steps=2).fit(before, loader(4))
-    for where in ("forward", "backward", "after backward", "before the step"):
+    after = {2: net(Interrupted), 3: net(Interrupted)}
+    for steps, module in after.items():
+        trainer(tmp_path, zinf(**options), precision=precision, max_steps=steps).fit(module, loader(4))
+    places = ("forward", "backward", "after backward", "before the step")
+    for where, by_signal in [(where, by_signal) for where in places for by_signal in (False, True)]:
         module = net(Interrupted)
         module.where = where
         used = trainer(tmp_path, zinf(**options), precision=precision)
@@ -172,17 +178,18 @@ def test_1_08_checkpoints_in_the_middle_of_user_code(tmp_path: Path, precision: 
             saved.append(used.global_step)
             used.save_checkpoint(tmp_path / "hpc.ckpt")
 
+        module.what = functools.partial(os.kill, os.getpid(), signal.SIGUSR1) if by_signal else handler
         earlier = signal.signal(signal.SIGUSR1, handler)
         try:
             used.fit(module, loader(4))
         finally:
             signal.signal(signal.SIGUSR1, earlier)
-        assert saved == [2], where
+        assert saved == [3 if by_signal else 2], where
         assert_same(weights(module), weights(whole))
         found = net()
         resumed = trainer(tmp_path, zinf(**options), precision=precision)
         resumed.validate(found, loader(1), ckpt_path=tmp_path / "hpc.ckpt", verbose=False)
-        assert_same(weights(found), weights(before))
+        assert_same(weights(found), weights(after[saved[0]]))
 
 
 # ---------------------------------------------------------------------- 1.9
