@@ -141,38 +141,44 @@ def test_damaged_headers_are_refused(tmp_path: Path) -> None:
 
 
 SAVER = """
-import sys
+import os, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
-from golden import trained
-model, trainer = trained(Path(sys.argv[1]), 1)
-print("ready", flush=True)
-number = 0
-while True:
-    trainer.save_checkpoint(sys.argv[1] + "/a.ckpt")
-    number += 1
-    print(number, flush=True)
+from golden import trained  # once for all processes: it takes longer than what they do
+for _ in sys.stdin:
+    process = os.fork()
+    if process == 0:
+        model, trainer = trained(Path(sys.argv[1]), 1)
+        print(os.getpid(), flush=True)
+        while True:
+            trainer.save_checkpoint(sys.argv[1] + "/a.ckpt")
+    os.waitpid(process, 0)
+    print("dead", flush=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # it starts 50 processes
 def test_killed_at_any_instant(tmp_path: Path) -> None:
     """50 saves over the same folder are killed; what is there is complete, or nothing is."""
     script = tmp_path / "saver.py"
     script.write_text(SAVER.format(path=[p for p in sys.path if p]))
     chance = random.Random(2)
     found = 0
+    command = [sys.executable, script, tmp_path]
+    savers = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert savers.stdin is not None
+    assert savers.stdout is not None
     for _ in range(50):
-        saver = subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert saver.stdout is not None
-        assert saver.stdout.readline() == b"ready\n"
+        savers.stdin.write(b"go\n")
+        savers.stdin.flush()
+        saver = int(savers.stdout.readline())
         time.sleep(chance.random() * 0.03)
-        os.kill(saver.pid, signal.SIGKILL)
-        saver.communicate()
+        os.kill(saver, signal.SIGKILL)
+        assert savers.stdout.readline() == b"dead\n"
         if (tmp_path / "a.ckpt/manifest.json").exists():
             found += 1
             with Checkpoint(tmp_path / "a.ckpt") as source:
                 source.verify([info.path for info in source.manifest.files])
                 assert source.trainer()["global_step"] == 1
+    savers.communicate()
     assert found > 25
