@@ -1,8 +1,8 @@
-"""A case of step.py for DeepSpeed's ZeRO-3 on a CPU: run by an interpreter that has deepspeed, with step.py's options.
+"""A case of step.py for DeepSpeed's ZeRO-3: run by an interpreter that has deepspeed, with step.py's options.
 
 Needs libaio and a compiler (DeepSpeed builds its extensions on first use). What DeepSpeed cannot do without help here:
 
-- its CPU accelerator must be asked for (DS_ACCELERATOR), and its size of a node is taken from LOCAL_SIZE;
+- on a CPU its accelerator must be asked for (DS_ACCELERATOR), and its size of a node is taken from LOCAL_SIZE;
 - with weights on NVMe its reuse of gathered weights has to be off, since a swap buffer is held until its weight is
   released, and ``max_in_cpu`` has to be 0: the default keeps up to a billion weights in memory.
 
@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import sys
-import time
-from pathlib import Path
 from typing import Any
+
+from _process import device_peak, gpt, peak_rss, train
 
 CASES = {
     "deepspeed ram": ("none", "none", False),
+    "deepspeed cpu offload": ("cpu", "cpu", True),
     "deepspeed state on nvme": ("cpu", "nvme", True),
     "deepspeed nvme": ("nvme", "nvme", False),
     "deepspeed nvme tuned": ("nvme", "nvme", True),
@@ -57,50 +56,31 @@ def config(args: argparse.Namespace, params: str, optimizer: str, tuned: bool, l
     }
 
 
-def child(args: argparse.Namespace, peak_rss: Any) -> None:
+def child(args: argparse.Namespace) -> None:
     """Train for some steps and print what was measured as JSON."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ["DS_ACCELERATOR"] = args.device
     ours = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({**ours, "MASTER_PORT": os.environ.get("MASTER_PORT", "29517")})
     import deepspeed
     import torch
     import torch.nn.functional as F  # noqa: N812
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "gpt"))
-    from model import GPT
-
     torch.set_num_threads(args.threads)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend="gloo" if args.device == "cpu" else "nccl", verbose=False)
     baseline = peak_rss(reset=True)
-    torch.manual_seed(0)
-    model = GPT(args.vocab, args.seq, args.hidden, args.layers, max(1, args.hidden // 64))
+    model = gpt(args)
     largest = max(p.numel() for p in model.parameters())
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config(args, *CASES[args.child], largest)
     )
-    generator = torch.Generator().manual_seed(0)
-    count = args.steps + args.warmup
-    data = torch.randint(args.vocab, ((count + 1) * args.batch, args.seq + 1), generator=generator)
-    times: list[float] = []
-    moved = (0, 0)
-    for step in range(count):
-        batch = data[step * args.batch : (step + 1) * args.batch]
-        if step == args.warmup:
-            moved = disk_bytes()
-        start = time.perf_counter()
+
+    def step(batch: torch.Tensor) -> None:
         loss = F.cross_entropy(engine(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
         engine.backward(loss)
         engine.step()
-        times.append(time.perf_counter() - start)
-    read, written = (b - a for a, b in zip(moved, disk_bytes(), strict=True))
-    report = {"step": statistics.median(times[args.warmup :]), "peak": peak_rss() - baseline}
-    report.update(nvme_read_bytes=read / args.steps, nvme_write_bytes=written / args.steps)
+
+    report = train(args, step)
+    report.update(peak=peak_rss() - baseline, device_peak=device_peak(args))
     print(json.dumps(report), flush=True)
     os._exit(0)  # the destructors of its I/O handles do not end
-
-
-def disk_bytes() -> tuple[int, int]:
-    """Return the bytes that this process has read from and written to disks."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["read_bytes"]), int(fields["write_bytes"])

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F  # noqa: N812
+from _process import peak_rss
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "gpt"))
@@ -392,15 +393,3 @@ def _serve(rank: int, case: Case, folder: str, port: int, pipe: Any) -> None:
             pipe.send((False, traceback.format_exc()))
             return
     worker.close()
-
-
-def peak_rss(*, reset: bool = False) -> int:
-    """Return this process's peak resident bytes; with ``reset``, forget the peak first and return the present size."""
-    if reset:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    field = "VmRSS" if reset else "VmHWM"
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "examples" / "gpt")]
-from step import peak_rss  # noqa: E402
+from _process import peak_rss, run_case  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -101,11 +100,7 @@ def run(args: argparse.Namespace, case: str) -> dict[str, Any]:
     """Run a case in a process of its own."""
     with tempfile.TemporaryDirectory(dir=args.nvme_path or ".") as folder:
         command = [sys.executable, __file__, *sys.argv[1:], "--child", case, "--nvme-path", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{case} failed with exit status {done.returncode}:\n{done.stderr[-3000:]}")
-    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return report
+        return run_case(case, command)
 
 
 def check(args: argparse.Namespace, reports: dict[str, list[dict[str, Any]]]) -> None:

@@ -13,11 +13,10 @@ and writing at once (--disk, GB/s).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
+import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import _deepspeed
+import _fsdp2
+from _process import device_peak, gpt, peak_rss, run_case, tokens
 
 _ALL_NVME = {"offload_params": "nvme", "offload_optimizer": "nvme"}
 CASES: dict[str, dict[str, Any] | None] = {
@@ -37,6 +38,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "  no prefetch": {**_ALL_NVME, "overlap": {"update": "forward", "prefetch": False}},
     "zinf auto": {},
 }
+_BUDGET = re.compile(r"zinf auto (\d+) MiB")
 BEFORE = ["plain", "zinf ram", "zinf state on nvme", "zinf all on nvme"]
 
 
@@ -47,22 +49,19 @@ def child(args: argparse.Namespace) -> None:
     import torch.nn.functional as F  # noqa: N812
     from lightning.pytorch.callbacks import Callback
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "gpt"))
-    from model import GPT
-
     torch.set_num_threads(args.threads)
-    case = CASES[args.child]
+    budget = _BUDGET.fullmatch(args.child)
+    case: dict[str, Any] | None = {} if budget else CASES[args.child]
+    host_bytes = int(budget[1]) * 2**20 if budget else args.host_bytes
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model: GPT | None = None
+            self.model: torch.nn.Module | None = None
 
         def configure_model(self) -> None:
             if self.model is None:
-                torch.manual_seed(0)
-                heads = max(1, args.hidden // 64)
-                self.model = GPT(args.vocab, args.seq, args.hidden, args.layers, heads)
+                self.model = gpt(args)
 
         def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
             assert self.model is not None
@@ -77,29 +76,28 @@ def child(args: argparse.Namespace) -> None:
             self.counts: list[dict[str, float]] = []
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if args.device == "cuda":
+                torch.cuda.synchronize()
             self.times.append(time.perf_counter())
             engine = getattr(trainer.strategy, "engine", None)
             self.counts.append(engine.counters.snapshot() if engine is not None else {})
 
     baseline = peak_rss(reset=True)
-    generator = torch.Generator().manual_seed(0)
-    shape = (args.steps + args.warmup + 1, args.seq + 1)
-    data = torch.randint(args.vocab, (shape[0] * args.batch, shape[1]), generator=generator)
-    loader = torch.utils.data.DataLoader(data, batch_size=args.batch)  # type: ignore[arg-type,var-annotated]
+    loader = torch.utils.data.DataLoader(tokens(args), batch_size=args.batch)  # type: ignore[arg-type,var-annotated]
     strategy: Any = "auto"
     if case is not None:
         from lightning_zinf import MemoryConfig, OverlapConfig, ZinfStrategy
 
-        memory = MemoryConfig(host_bytes=args.host_bytes or None)
+        memory = MemoryConfig(host_bytes=host_bytes or None)
         options = {**case, "overlap": OverlapConfig(**case.get("overlap", {}))}
         strategy = ZinfStrategy(nvme_path=args.nvme_path, memory=memory, **options)
     clock = Clock()
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=args.device,
         devices=1,
         strategy=strategy,
         precision=args.precision,
-        max_steps=shape[0],
+        max_steps=args.steps + args.warmup + 1,
         logger=False,
         gradient_clip_val=args.clip or None,
         enable_checkpointing=False,
@@ -109,7 +107,7 @@ def child(args: argparse.Namespace) -> None:
     )
     trainer.fit(Module(), loader)
     times = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)][args.warmup :]
-    report = {"step": statistics.median(times), "peak": peak_rss() - baseline}
+    report = {"step": statistics.median(times), "peak": peak_rss() - baseline, "device_peak": device_peak(args)}
     if case is not None:
         first, last = clock.counts[args.warmup], clock.counts[-1]
         for name in (
@@ -122,18 +120,6 @@ def child(args: argparse.Namespace) -> None:
             report[name] = (last[name] - first[name]) / len(times)
         report["refills"], report["faults"] = last["refills"], last["faults"]
     print(json.dumps(report))
-
-
-def peak_rss(*, reset: bool = False) -> int:
-    """Return this process's peak resident bytes; with ``reset``, forget the peak first and return the present size."""
-    if reset:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    field = "VmRSS" if reset else "VmHWM"
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")
 
 
 def main() -> None:
@@ -153,14 +139,18 @@ def main() -> None:
     parser.add_argument("--host-bytes", type=int, default=0, help="memory.host_bytes of the nvme cases; 0 = default")
     parser.add_argument("--disk", type=float, default=0.0, help="GB/s of the disk, reading and writing at once")
     parser.add_argument("--nvme-path", default="")
-    parser.add_argument("--cases", nargs="+", default=BEFORE, choices=[*CASES, *_deepspeed.CASES])
+    parser.add_argument("--cases", nargs="+", default=BEFORE, choices=[*CASES, *_fsdp2.CASES, *_deepspeed.CASES])
+    parser.add_argument("--budgets", nargs="+", type=int, default=[], help="MiB: also zinf auto with these host_bytes")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--deepspeed", default="", help="an interpreter that has DeepSpeed, for its cases")
     parser.add_argument("--json", default="", help="write the results to this file")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        _deepspeed.child(args, peak_rss) if args.child in _deepspeed.CASES else child(args)
+        kinds = {**dict.fromkeys(_deepspeed.CASES, _deepspeed.child), **dict.fromkeys(_fsdp2.CASES, _fsdp2.child)}
+        kinds.get(args.child, child)(args)
         return
+    args.cases += [f"zinf auto {budget} MiB" for budget in args.budgets]
     if not args.deepspeed and set(args.cases) & set(_deepspeed.CASES):
         parser.error("DeepSpeed's cases need --deepspeed PYTHON: an interpreter that has it (pip install deepspeed)")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in args.cases}
@@ -170,10 +160,7 @@ def main() -> None:
                 print(f"\r\033[Kround {turn + 1} of {args.rounds}: {name}", end="", file=sys.stderr, flush=True)
                 python = args.deepspeed if name in _deepspeed.CASES else sys.executable
                 command = [python, __file__, *sys.argv[1:], "--child", name, "--nvme-path", folder]
-                out = subprocess.run(command, capture_output=True, text=True)
-                if out.returncode:
-                    sys.exit(f"\n{name} failed:\n{out.stderr[-3000:]}")
-                results[name].append(json.loads(out.stdout.strip().splitlines()[-1]))
+                results[name].append(run_case(name, command))
     print("\r\033[K", end="", file=sys.stderr)
     show(args, results)
 
@@ -188,7 +175,7 @@ def show(args: argparse.Namespace, results: dict[str, list[dict[str, float]]]) -
     print(f"GPT {args.layers} x {args.hidden}, {args.batch} x {args.seq} tokens, {args.precision}, clip {args.clip}")
     print(
         f"{'case':<20}{'step s':>9}{'x plain':>9}{'peak MiB':>10}{'x plain':>9}{'read MB':>9}{'write MB':>9}"
-        f"{'stall s':>9}{'update s':>9}{'x floor':>9}"
+        f"{'stall s':>9}{'update s':>9}{'x floor':>9}" + f"{'on GPU':>9}" * (args.device != "cpu")
     )
     for name, runs in results.items():
         ratio = (
@@ -206,6 +193,8 @@ def show(args: argparse.Namespace, results: dict[str, list[dict[str, float]]]) -
             f"{median(name, 'nvme_read_bytes') / 1e6:>9.0f}{median(name, 'nvme_write_bytes') / 1e6:>9.0f}"
             f"{median(name, 'stall_read_seconds') + median(name, 'stall_write_seconds'):>9.3f}"
             f"{median(name, 'update_seconds'):>9.3f}{floor:>9.2f}"
+            + f"{median(name, 'device_peak') / 2**20:>9.0f}"
+            * (args.device != "cpu")
         )
     if args.json:
         Path(args.json).write_text(json.dumps({"args": vars(args), "results": results}, indent=1) + "\n")

@@ -1,0 +1,92 @@
+"""What benchmarks share that train each case in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def peak_rss(*, reset: bool = False) -> int:
+    """Return this process's peak resident bytes; with ``reset``, forget the peak first and return the present size."""
+    if reset:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    field = "VmRSS" if reset else "VmHWM"
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def run_case(name: str, command: Sequence[str]) -> dict[str, Any]:
+    """Run a case in a process of its own; return what it printed last, as JSON. Exits if the case failed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"\n{name} failed with exit status {done.returncode}:\n{done.stderr[-3000:]}")
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return report
+
+
+def gpt(args: Namespace) -> torch.nn.Module:
+    """Build the GPT of examples/gpt that the options describe, always with the same weights."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "gpt"))
+    from model import GPT
+
+    torch.manual_seed(0)
+    return GPT(args.vocab, args.seq, args.hidden, args.layers, max(1, args.hidden // 64))
+
+
+def tokens(args: Namespace) -> torch.Tensor:
+    """Return the tokens of all steps, (steps * batch, seq + 1), the same for every case."""
+    import torch
+
+    count = args.steps + args.warmup + 1
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(args.vocab, (count * args.batch, args.seq + 1), generator=generator)
+
+
+def train(args: Namespace, step: Callable[[torch.Tensor], Any]) -> dict[str, float]:
+    """Take all steps; return their median time and the bytes that this process moved from and to disks in each."""
+    import torch
+
+    data = tokens(args)
+    times: list[float] = []
+    moved = (0, 0)
+    for number in range(args.steps + args.warmup):
+        batch = data[number * args.batch : (number + 1) * args.batch].to(args.device)
+        if number == args.warmup:
+            moved = disk_bytes()
+        start = time.perf_counter()
+        step(batch)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    read, written = (b - a for a, b in zip(moved, disk_bytes(), strict=True))
+    report = {"step": statistics.median(times[args.warmup :])}
+    return report | {"nvme_read_bytes": read / args.steps, "nvme_write_bytes": written / args.steps}
+
+
+def disk_bytes() -> tuple[int, int]:
+    """Return the bytes that this process has read from and written to disks."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"]), int(fields["write_bytes"])
+
+
+def device_peak(args: Namespace) -> int:
+    """Return the most bytes that tensors took on the accelerator; 0 on a CPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if args.device == "cuda" else 0
