@@ -31,6 +31,7 @@ _ALL_NVME = {"offload_params": "nvme", "offload_optimizer": "nvme"}
 CASES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "zinf ram": {"offload_params": "none", "offload_optimizer": "none"},
+    "zinf cpu offload": {"offload_params": "cpu", "offload_optimizer": "cpu"},
     "zinf state on nvme": {"offload_params": "none", "offload_optimizer": "nvme"},
     "zinf all on nvme": _ALL_NVME,
     "  update in forward": {**_ALL_NVME, "overlap": {"update": "forward"}},

@@ -137,9 +137,9 @@ def round_half_up(master: Tensor) -> Tensor:
 LOW = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def autocast(precision: str) -> Any:
+def autocast(precision: str, device: str = "cpu") -> Any:
     if precision in LOW:
-        return torch.autocast("cpu", dtype=LOW[precision], cache_enabled=False)
+        return torch.autocast(device, dtype=LOW[precision], cache_enabled=False)
     return nullcontext()
 
 

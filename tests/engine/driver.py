@@ -151,9 +151,11 @@ class Session:
     def forward(self, loss: Callable[[], Tensor] | None = None, kind: str = "train") -> Tensor:
         """Compute a loss inside of a frame: the next micro-batch's, or what ``loss`` returns."""
         number = self.number
-        with self.engine.frame(kind) as outputs, autocast(self.precision):
+        device = self.engine.config.device
+        with self.engine.frame(kind) as outputs, autocast(self.precision, device.type):
             if loss is None:
-                result = self.case.loss(self.model, self.case.batch(number), number) / self.recipe.accumulate
+                batch = tuple(part.to(device) for part in self.case.batch(number))
+                result = self.case.loss(self.model, batch, number) / self.recipe.accumulate
             else:
                 result = loss()
             outputs.append(result)
@@ -244,10 +246,13 @@ def session(
     ranks: Ranks | None = None,
     stage: int = 3,
     shard: int | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Session]:
     """Partition a model of the zoo, and give everything back at the end."""
     where, recipe = where or Where(), recipe or Recipe()
     model = case.make() if model is None else model
+    for module in model.modules():
+        module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
     optimizer = recipe.build(model.parameters())
     schedule = recipe.schedule(optimizer)
     names = planes_of([optimizer], rules_of([optimizer]))
@@ -261,7 +266,7 @@ def session(
             memory = part_of_memory(model, precision, case.units, where.share)
     memory = replace(memory, activation_bytes=where.activation_bytes, activation_min_bytes=1)
     config = PartitionConfig(
-        device=CPU,
+        device=device,
         precision=precision,  # type: ignore[arg-type]
         offload_params=where.params,
         offload_optimizer=where.optimizer,
