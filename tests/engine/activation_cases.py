@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
-from driver import Where
+from driver import Session, Where
 from models import Case
-from oracle import autocast
+from oracle import Recipe, autocast
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from lightning_zinf.memory.activations import ActivationStore
 
 RECOMPUTE: dict[str, bool | tuple[str, ...]] = {
     "mlp": ("Linear", "Dropout"),
@@ -21,6 +24,17 @@ RECOMPUTE: dict[str, bool | tuple[str, ...]] = {
     "channels-last": ("Sequential",),
 }
 """Classes to recompute in models whose units are lone layers; the others' blocks are found."""
+
+RECIPE = Recipe(steps=3)
+ONCE = Recipe(accumulate=1, steps=2)
+AWAY = [
+    Where(recompute=True, activations="nvme", activation_bytes=8192),
+    Where(activations="nvme", activation_bytes=40960),
+    Where("nvme", "nvme", tight=True, recompute=True, activations="nvme", activation_bytes=8192),
+    Where("nvme", "nvme", aliased=False, tight=True, recompute=True, activations="nvme", activation_bytes=8192),
+    Where("cpu", "cpu", aliased=False, tight=True, activations="cpu"),
+]
+TREATED = [Where(recompute=True), *AWAY]
 
 
 def ways(name: str) -> list[Where]:
@@ -110,3 +124,26 @@ def what_plain_autograd_saves(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast(precision):
         loss = case.loss(model, case.batch(number), number)
     return found, loss
+
+
+def described(where: Where) -> str:
+    how = "recompute-" * bool(where.recompute) + where.activations
+    return f"{where}-{how}" + (f"-{where.activation_bytes}" if where.activation_bytes else "")
+
+
+everywhere = pytest.mark.parametrize("where", AWAY, ids=described)
+treated = pytest.mark.parametrize("where", TREATED, ids=described)
+
+
+def store_of(running: Session) -> ActivationStore:
+    store = running.engine.context.activations
+    assert store is not None
+    return store
+
+
+def nothing_left(running: Session) -> bool:
+    store = running.engine.context.activations
+    if store is None:
+        return True
+    store.drain()
+    return store.live == 0 and store.resting_bytes == 0
