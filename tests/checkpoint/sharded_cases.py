@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,31 @@ def everything(model: Any, running: Any) -> dict[str, Tensor]:
             for name, value in entry.items():
                 state[f"optimizer {number}, parameter {index}, {name}"] = torch.as_tensor(value)
     return state
+
+
+_MEASURE = """
+import sys, threading, time
+import torch, lightning_zinf.cli, {modules}
+def anonymous():
+    return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])
+before, peak = anonymous(), [0]
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+assert lightning_zinf.cli.main(sys.argv[1:]) == 0
+print('used', peak[0] - before)
+"""
+
+
+def memory_of(arguments: list[str], *modules: str) -> int:
+    """Return the most bytes of anonymous memory that the zinf command takes, beyond what imports take.
+
+    Args:
+        arguments: Of the command.
+        modules: What it imports late.
+    """
+    script = _MEASURE.format(modules=", ".join(modules))
+    done = subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True)
+    return int(done.stdout.rsplit(maxsplit=1)[-1]) * 1024

@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning_cases import trainer
 from safetensors.torch import load_file
-from sharded_cases import strategy
+from sharded_cases import memory_of, strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -264,23 +262,11 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     model = {"module": {"weight": torch.zeros(shape, dtype=torch.bfloat16)}, "param_shapes": [{"weight": shape}]}
     torch.save({**model, "global_steps": 5, "ds_config": {}}, folder / "mp_rank_00_model_states.pt")
-    measure = (
-        "import sys, threading, time\n"
-        "import torch, lightning_zinf.cli, lightning_zinf.checkpoint.deepspeed, lightning_zinf.checkpoint.convert\n"
-        "def anonymous():\n"
-        "    return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
-        "before, peak = anonymous(), [0]\n"
-        "def watch():\n"
-        "    while True:\n"
-        "        peak[0] = max(peak[0], anonymous())\n"
-        "        time.sleep(0.002)\n"
-        "threading.Thread(target=watch, daemon=True).start()\n"
-        "assert lightning_zinf.cli.main(sys.argv[1:]) == 0\n"
-        "print('used', peak[0] - before)\n"
+    used = memory_of(
+        ["convert", str(folder), str(tmp_path / "a.ckpt"), "--from", "deepspeed", "--trust-pickle"],
+        "lightning_zinf.checkpoint.deepspeed",
+        "lightning_zinf.checkpoint.convert",
     )
-    arguments = ["convert", str(folder), str(tmp_path / "a.ckpt"), "--from", "deepspeed", "--trust-pickle"]
-    done = subprocess.run([sys.executable, "-c", measure, *arguments], check=True, capture_output=True, text=True)
-    used = int(done.stdout.rsplit(maxsplit=1)[-1]) * 1024
     assert used < 32 * 2**20, used  # a part of a tensor has 4 Mi elements, of 4 bytes
     with Checkpoint(tmp_path / "a.ckpt") as source:
         buffer = source.locations["weight"].places[0][0]

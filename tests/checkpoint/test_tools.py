@@ -15,7 +15,7 @@ import torch
 from lightning_cases import assert_close, assert_same, loader, net, trainer
 from pool import close_all, pool
 from safetensors.torch import load_file
-from sharded_cases import Model, everything, fit
+from sharded_cases import Model, everything, fit, memory_of
 
 import lightning_zinf
 from lightning_zinf.cli import main
@@ -181,23 +181,10 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         "trainer.save_checkpoint(sys.argv[1] + '/big.ckpt')\n"
     )
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
-    measure = (
-        "import sys, threading, time\n"
-        "import torch, lightning_zinf.cli, lightning_zinf.checkpoint.consolidate\n"
-        "def anonymous():\n"
-        "    return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
-        "before, peak = anonymous(), [0]\n"
-        "def watch():\n"
-        "    while True:\n"
-        "        peak[0] = max(peak[0], anonymous())\n"
-        "        time.sleep(0.002)\n"
-        "threading.Thread(target=watch, daemon=True).start()\n"
-        "assert lightning_zinf.cli.main(sys.argv[1:]) == 0\n"
-        "print('used', peak[0] - before)\n"
+    used = memory_of(
+        ["consolidate", f"{tmp_path}/big.ckpt", f"{tmp_path}/one.ckpt", "--memory-budget", "32MiB"],
+        "lightning_zinf.checkpoint.consolidate",
     )
-    arguments = ["consolidate", f"{tmp_path}/big.ckpt", f"{tmp_path}/one.ckpt", "--memory-budget", "32MiB"]
-    done = subprocess.run([sys.executable, "-c", measure, *arguments], check=True, capture_output=True, text=True)
-    used = int(done.stdout.rsplit(maxsplit=1)[-1]) * 1024
     assert (tmp_path / "one.ckpt").stat().st_size > 200e6
     assert used < 32 * 2**20 + 48 * 2**20  # checksums take a block of 16 MiB, the rest is Python's own
 
