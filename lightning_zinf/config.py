@@ -74,9 +74,10 @@ class OverlapConfig:
             demand (for debugging; results are the same).
         update: When offloaded state is updated; results are the same. ``auto``: in backward, as gradients are complete,
             where nothing needs all of them first (clipping by norm, loss scaling, ``on_after_backward``,
-            ``on_before_optimizer_step`` and the like; one process), else in the next forward just before the weights
-            are used. ``forward``: always the latter, so that a step which fails in backward has changed no weight.
-            ``step``: at once, in ``optimizer.step()`` (for debugging and comparison).
+            ``on_before_optimizer_step`` and the like; with several ranks in stages 2 and 3, as gradients are reduced),
+            else in the next forward just before the weights are used. ``forward``: always the latter, so that a step
+            which fails in backward has changed no weight. ``step``: at once, in ``optimizer.step()`` (for debugging
+            and comparison).
     """
 
     prefetch: bool = True

@@ -142,7 +142,7 @@ class ZinfPrecisionBody(_Base):
         engine, trainer = self._strategy.engine, model.trainer
         return (
             engine.config.overlap.update == "auto"
-            and engine.rounds is None
+            and engine.may_update_early
             and self.scaler is None
             and model.automatic_optimization
             and len(self._strategy.optimizers) == 1

@@ -208,29 +208,64 @@ class Reduction:
         received: One slice of each rank.
         work: The transfer, or None if there is none.
         event: Its event in a trace, or None.
+        others: With several copies of the model, the sums of all of them, once this one's is on its way there.
+        second: That transfer.
     """
 
     collectives: Collectives
     sent: Tensor | None
-    received: Tensor
+    received: Tensor | None
     work: Any
     event: Event | None = None
+    others: Tensor | None = None
+    second: Any = None
+
+    def arrived(self) -> bool:
+        """Whether :meth:`mean` would not wait.
+
+        Ranks that share a shard must ask, or take the mean, of their reductions in the same order: what has come from
+        this copy of the model goes on to the others, and a group matches collectives by their order.
+        """
+        if self.work is not None and not self.work.is_completed():
+            return False
+        if self.collectives.ranks.replica_group is None:
+            return True
+        with torch.no_grad():
+            self._pass_on()
+        return bool(self.second.is_completed())
 
     def mean(self) -> Tensor:
         """Wait, and return this rank's slice of the mean over all ranks, in float32."""
         ranks = self.collectives.ranks
         if self.work is not None:
             self.work.wait()
-        total = _sum(self.received, ranks.shard_size)
-        self.sent = None
-        if ranks.replica_group is not None:
-            everyone = torch.empty(total.numel() * ranks.replicas, dtype=torch.float32, device=total.device)
-            self.collectives.counters.all_reduce_bytes += total.nbytes
-            _all_gather(everyone, total, ranks.replica_group).wait()
-            total = _sum(everyone, ranks.replicas)
+        if ranks.replica_group is None:
+            total = self._sum_of_copy()
+        else:
+            self._pass_on()
+            self.second.wait()
+            assert self.others is not None
+            total = _sum(self.others, ranks.replicas)
         if self.event is not None:
             self.event.close()
         return total.mul_(1.0 / ranks.world_size)
+
+    def _sum_of_copy(self) -> Tensor:
+        assert self.received is not None
+        total = _sum(self.received, self.collectives.ranks.shard_size)
+        self.sent = self.received = None
+        return total
+
+    def _pass_on(self) -> None:
+        """Send the sum over this copy of the model to the others, once."""
+        if self.second is not None:
+            return
+        if self.work is not None:
+            self.work.wait()  # it is done, and this is how its result may be used
+        ranks, total = self.collectives.ranks, self._sum_of_copy()
+        self.others = torch.empty(total.numel() * ranks.replicas, dtype=torch.float32, device=total.device)
+        self.collectives.counters.all_reduce_bytes += total.nbytes
+        self.second = _all_gather(self.others, total, ranks.replica_group)
 
 
 def _sum(slices: Tensor, count: int) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lightning_zinf import parameters as paging
 from lightning_zinf.config import Tier
 from lightning_zinf.engine.gradients import Gradients, WholeGradients
-from lightning_zinf.engine.reduction import ShardedGradients
+from lightning_zinf.engine.sharded import ShardedGradients
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.slots import use_count
 from lightning_zinf.memory.state import LOW_PLANES, State

@@ -93,6 +93,7 @@ class Engine(Hooks):
         if self.saving is not None:
             self.saving.settle()  # units that no forward has used since
         self.meet(place)
+        self.pager.forget_mixed()
 
     def sum_over_shards(self, value: float, place: str) -> float:
         """Return the sum of a float64 over the shards, one on each rank."""

@@ -147,7 +147,7 @@ class Hooks:
         self.reducer: Reducer | None = None
         if context.comm is not None:
             self.rounds = self.pager.rounds = Rounds(context.comm.ranks.channel, self.pager.collect)
-            self.reducer = Reducer(units, context, self.rounds, reduce_bytes)
+            self.reducer = Reducer(units, context, self.rounds, self.early, reduce_bytes)
         self.saving: Saving | None = None
         self._running = True
         self._needs: dict[nn.Module, list[Unit]] = {}
@@ -275,6 +275,8 @@ class Hooks:
                 self._net.enter()
                 frame.net = True
         for needed in frame.needs:
+            if in_backward():
+                self.early.touched(needed, used=True)
             self.pager.need(needed)
         if module is not None and self.counters.trace is not None:
             frame.span = self.counters.trace.span("forward", self._needs[key][0].label)
@@ -305,6 +307,8 @@ class Hooks:
         for unit in [u for u in self.pager.held if not u.has_trainable and id(u) not in wanted]:
             self._end_backward(unit)
             self.pager.release(unit)  # nothing will tell when a frozen unit is done; the next unit's turn does
+        if self.reducer is not None:
+            self.reducer.poll()
         for unit in needs:
             self.early.touched(unit)
             self.pager.need(unit)
@@ -324,14 +328,14 @@ class Hooks:
             reducer.dirty = True
         if not self.context.aliased:
             unit.buffers[key[0]].gradients.take(key[1])
+        self.early.arrived(unit)
         unit.fired.add(key)
         if unit.fired >= unit.expected():
             unit.fired.clear()
             self._end_backward(unit)
+            self.early.complete(unit)
             if reducer is not None:
                 reducer.complete(unit)
-            else:
-                self.early.complete(unit)
             if unit.index not in self._live():
                 self.pager.release(unit)
 
@@ -364,6 +368,11 @@ class Hooks:
             if len(self._frames) > depth:
                 self._pop(None)
 
+    @property
+    def may_update_early(self) -> bool:
+        """Whether the gradients of a unit may be complete in backward already."""
+        return self.reducer is None or self.reducer.early
+
     def _live(self) -> set[int]:
         """Return the index of every unit that running frames need."""
         return {u.index for f in self._frames for u in f.needs}
@@ -371,7 +380,7 @@ class Hooks:
     @property
     def _watches(self) -> bool:
         """Whether it is yet to be seen if weights that stay in place may be updated in backward."""
-        return self._any_moves and self.reducer is None and self.early.learning
+        return self._any_moves and self.may_update_early and self.early.learning
 
     def _computing(self) -> bool:
         """Whether a use of a parameter now is one of a step."""
@@ -412,6 +421,8 @@ class Hooks:
         units = list(dict.fromkeys(self.pager.unit_with(owner) for owner in owners))
         if self._computing() and not (writes and self._live().isdisjoint(u.index for u in units)):
             for unit in units:
+                if in_backward():
+                    self.early.touched(unit, used=True)
                 self.pager.schedule.touch(unit.index)
             self.pager.gather(units)
             if self._frames:

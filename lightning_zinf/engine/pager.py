@@ -59,7 +59,7 @@ class Pager:
         self._live = live
         self._prefetch_on = prefetch
         self.rounds: Rounds | None = None
-        self.early = EarlyUpdates(units)
+        self.early = EarlyUpdates(units, shared=context.comm is not None)
         self.close_wholes: Callable[[], None] = _nothing
         self._wanted: list[Unit] = []
         self._arriving: list[FlatBuffer] = []
@@ -159,6 +159,8 @@ class Pager:
                     buffer.collect(residual=want.whole)
                     if unit not in self._wanted:
                         buffer.gathered_low = None
+                    if buffer.persistent and self.early.may_be_mixed(unit):  # a graph that saved them has to refuse
+                        torch.autograd.graph.increment_version(buffer.params)
 
     def _start(self, unit: Unit, keep: list[Unit]) -> None:
         """Start loading, evicting whatever has to go."""
@@ -389,13 +391,41 @@ class Pager:
         with torch.inference_mode(False), torch.no_grad():
             for buffer, update in updates:
                 buffer.defer(update)
-            if unit.persistent or unit.state is UnitState.RESIDENT:
+            if self.rounds is not None:
+                self._update_shard(unit)
+            elif unit.persistent or unit.state is UnitState.RESIDENT:
                 for buffer, _ in updates:
                     buffer.settle()
                     torch.autograd.graph.increment_version(buffer.params)
             else:
                 self.release(unit, stale=True)
         self.has_pending = True
+
+    def _update_shard(self, unit: Unit) -> None:
+        """Apply the pending updates of a unit that is as a rule released by now, if its shard is still in memory.
+
+        Its other parts in a slot are out of date from then on; what stays in place is not to be used as it is.
+        """
+        if unit.persistent:
+            torch.autograd.graph.increment_version([p for b in unit.buffers for p in b.params])
+        elif unit.state is UnitState.RELEASED and all(b.weights.at_home for b in unit.buffers):
+            for buffer in unit.buffers:
+                buffer.settle()
+            return
+        elif not all(b.weights.at_hand for b in unit.buffers):
+            self.release(unit, stale=True)
+            return
+        self._settle(unit)
+
+    def forget_mixed(self) -> None:
+        """Have weights gathered again before they are used, if they may be from before and after an update in part."""
+        for index in self.early.take_mixed():
+            unit = self.units[index]
+            self.release(unit, stale=True)
+            for buffer in unit.buffers:
+                if buffer.deferred:
+                    buffer.weights.finish()
+                    buffer.weights.whole = False
 
     def arrive(self) -> None:
         """Wait for weights that were updated in place to come from all ranks."""

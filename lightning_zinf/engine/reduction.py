@@ -10,7 +10,9 @@ what no rank touched stays without a gradient. Sums over several backwards are k
 Stage 1 keeps whole gradients on each rank, adds them up over backwards in float32, and does all of that once, when the
 optimizer steps.
 
-The order is that in which units complete on rank 0 in the first backward.
+The order is that in which units complete on rank 0 in the first backward. What has arrived is taken in in the same
+order, since with copies of the model it goes out a second time then; and from there a unit may be updated in backward
+(see ``early.py``).
 
 Nothing here waits for other ranks in the midst of a backward, unless the last one went alike on all of them: a rank
 could be waiting for this one to serve it weights (see ``comm/rounds.py``).
@@ -21,15 +23,14 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from lightning_zinf.comm.group import Collectives, Reduction
 from lightning_zinf.comm.rounds import Rounds
-from lightning_zinf.engine.gradients import Piece, refuse_sparse
-from lightning_zinf.engine.guard import KeptGradient, guard, plainly
+from lightning_zinf.engine.early import EarlyUpdates
+from lightning_zinf.engine.sharded import ShardedGradients
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -40,194 +41,30 @@ PATIENCE_SECONDS = 0.25
 """How long a backward waits for gradients under way before it goes over its budget."""
 
 
-class ShardedGradients:
-    """Gradients of one buffer on one of several ranks.
+_HEAD = struct.Struct("<??I")
 
-    Args:
-        buffer: Whose gradients.
+
+@dataclass(frozen=True)
+class _Said:
+    """What a rank tells the others at the end of a backward.
+
+    Attributes:
+        wide: It has gradients that are sums in float32.
+        wanted: It wants its updates in this backward.
+        changes: Stands for what code outside of compute changed.
+        first: Numbers of the parameters that got a gradient.
+        late: Of those that got one since it went out.
+        clean: Indices of the units that may be updated in backward, as far as this rank knows.
+        order: On rank 0, once: the units in the order in which they were complete.
     """
 
-    def __init__(self, buffer: FlatBuffer) -> None:
-        self._buffer = buffer
-        self._sums: dict[int, Tensor] = {}
-        self._shard: Tensor | None = None
-        self._have: set[int] = set()
-        self._hidden: dict[int, Tensor] = {}
-        self._guarded: set[int] = set()
-        self._under_way: list[tuple[Reduction, set[int]]] = []
-
-    # ------------------------------------------------------------------ this rank's own
-
-    def take(self, index: int) -> None:
-        """Leave the gradient of parameter ``index`` where it is, until the whole buffer goes out."""
-
-    @plainly
-    def hide(self) -> None:
-        """Put a guard in the place of every gradient that there is, until the next backward."""
-        for index, param in enumerate(self._buffer.params):
-            grad = param.grad
-            if isinstance(grad, KeptGradient):
-                continue
-            if grad is not None:
-                self._hidden[index] = grad
-            if grad is not None or index in self._have or index in self._sums:
-                param.grad = guard(param)
-                self._guarded.add(index)
-
-    @plainly
-    def show(self) -> None:
-        """Take the guards away again."""
-        self._forget_what_the_user_dropped()
-        for index in self._guarded:
-            param = self._buffer.params[index]
-            param.grad = None  # first: the dtype may be another by now
-            if index in self._hidden:
-                param.grad = self._hidden.pop(index)
-        self._guarded.clear()
-
-    def _forget_what_the_user_dropped(self) -> None:
-        """A guard that is gone means that ``module.zero_grad()`` or ``p.grad = None`` was meant for the gradient."""
-        dropped = {i for i in self._guarded if not isinstance(self._buffer.params[i].grad, KeptGradient)}
-        if dropped:
-            self._guarded -= dropped
-            for index in dropped:
-                self._sums.pop(index, None)
-                self._hidden.pop(index, None)
-            self._forget(dropped, zero=True)
-
-    @plainly
-    def before_backward(self) -> None:
-        """Stage 1: move what the last backward left to float32 sums."""
-        self.show()
-        if self._buffer.context.stage > 1 or self._buffer.compute_dtype == torch.float32:
-            return
-        for index, param in enumerate(self._buffer.params):
-            if (grad := param.grad) is not None:
-                if index in self._sums:
-                    self._sums[index] += grad
-                else:
-                    self._sums[index] = grad.to(torch.float32, copy=True)
-                param.grad = None
-
-    @plainly
-    def own(self) -> list[int]:
-        """Return the parameters that have a gradient of this rank that has not gone out."""
-        found = {i for i, p in enumerate(self._buffer.params) if p.grad is not None}
-        return sorted(found | set(self._sums))
-
-    @property
-    def summed(self) -> bool:
-        """Whether gradients of this rank have been added up in float32."""
-        return bool(self._sums)
-
-    # ------------------------------------------------------------------ everybody's
-
-    def launch(self, comm: Collectives, have: Collection[int], wide: bool) -> int:
-        """Send this rank's gradients out; return the bytes under way.
-
-        Args:
-            comm: The collectives.
-            have: The parameters that have a gradient on any rank, as far as that is known.
-            wide: Send float32, whatever the gradients are.
-        """
-        buffer = self._buffer
-        dtype = torch.float32 if wide else buffer.compute_dtype
-        whole = torch.zeros(buffer.layout.padded_numel, dtype=dtype, device=buffer.device)
-        views = buffer.views_of(whole)
-        for index in self.own():
-            param = buffer.params[index]
-            if (grad := param.grad) is not None:
-                refuse_sparse(grad, buffer.names[index])
-                views[index].copy_(grad)
-                if index in self._sums:
-                    views[index].add_(self._sums.pop(index))
-                param.grad = None
-            else:
-                views[index].copy_(self._sums.pop(index))
-        self._under_way.append((comm.reduce_scatter(whole, buffer.name), set(have)))
-        return 2 * whole.nbytes
-
-    def abandon(self) -> None:
-        """Forget what is under way, which some ranks may never join."""
-        self._under_way.clear()
-
-    def arrived(self) -> bool:
-        """Whether nothing is under way any more."""
-        return all(r.work is None or r.work.is_completed() for r, _ in self._under_way)
-
-    def absorb(self, have: Collection[int] = ()) -> None:
-        """Wait for what is under way, and add it to the shard.
-
-        Args:
-            have: Parameters that are known by now to have a gradient on some rank.
-        """
-        while self._under_way:
-            reduction, known = self._under_way.pop(0)
-            mean = self._keep(reduction.mean())
-            if self._shard is None:
-                self._shard = mean
-            else:
-                self._shard += mean
-            self._have |= known
-        self._have |= set(have)
-
-    def _keep(self, mean: Tensor) -> Tensor:
-        """Move a shard to where updates run."""
-        buffer = self._buffer
-        if buffer.context.aliased or buffer.on_device:
-            return mean
-        host = buffer.context.allocate_host(mean.nbytes).view(torch.float32)
-        ticket = buffer.context.download(mean, host, f"{buffer.name}/gradient")
-        if ticket is not None:
-            ticket.wait()
-        return host
-
-    def collect(self, indices: Collection[int], *, keep: bool) -> list[Piece]:
-        """Return this rank's part of the gradients that are reduced.
-
-        Parameters that lie in other ranks' shards come with an empty piece.
-        """
-        self._forget_what_the_user_dropped()
-        if self._shard is None:
-            return []
-        wanted = [i for i in indices if i in self._have]
-        parts = {
-            index: (low, numel) for index, _, low, numel in self._buffer.layout.overlaps(*self._buffer.shard_range)
-        }
-        first = self._buffer.shard_range[0]
-        pieces = []
-        for index in wanted:
-            low, numel = parts.get(index, (first, 0))
-            pieces.append(Piece(index, low - first, self._shard[low - first : low - first + numel]))
-        if not keep:
-            for index in indices:
-                self._buffer.params[index].grad = None
-            self._guarded.difference_update(indices)
-            self._forget(indices, zero=False)
-        return pieces
-
-    @plainly
-    def clear(self, indices: Collection[int]) -> None:
-        """Forget the gradients of these parameters."""
-        for index in indices:
-            self._sums.pop(index, None)
-            self._hidden.pop(index, None)
-            self._buffer.params[index].grad = None
-        self._guarded.difference_update(indices)
-        self._forget(indices, zero=True)
-
-    def _forget(self, indices: Collection[int], *, zero: bool) -> None:
-        self._have -= set(indices)
-        if not self._have:
-            self._shard = None
-        elif zero and self._shard is not None:
-            first = self._buffer.shard_range[0]
-            for index, _, low, numel in self._buffer.layout.overlaps(*self._buffer.shard_range):
-                if index in set(indices):
-                    self._shard[low - first : low - first + numel] = 0
-        elif self._shard is not None:  # somebody else's gradients stay behind: the caller's are his alone
-            self._shard = self._shard.clone()
-            self._forget(indices, zero=True)
+    wide: bool
+    wanted: bool
+    changes: int
+    first: set[int]
+    late: set[int]
+    clean: set[int]
+    order: Sequence[int]
 
 
 class Reducer:
@@ -237,14 +74,18 @@ class Reducer:
         units: The units.
         context: With the collectives.
         rounds: For agreement.
+        early: Updates units whose gradients are reduced, if it may.
         budget: Bytes of gradients under way at which a backward waits for them, if it may.
     """
 
-    def __init__(self, units: Sequence[Unit], context: EngineContext, rounds: Rounds, budget: int) -> None:
+    def __init__(
+        self, units: Sequence[Unit], context: EngineContext, rounds: Rounds, early: EarlyUpdates, budget: int
+    ) -> None:
         assert context.comm is not None
         self._comm = context.comm
         self._context = context
         self._rounds = rounds
+        self._updates = early
         self._budget = budget
         self._units = list(units)
         self._buffers = [b for u in units for b in u.buffers]
@@ -259,7 +100,7 @@ class Reducer:
         for buffer in self._buffers:
             self._first_of[id(buffer)] = self._params
             self._params += len(buffer.params)
-        self._waiting: list[ShardedGradients] = []
+        self._waiting: list[tuple[Unit, FlatBuffer, int]] = []
         self._in_flight = 0
         self.dirty = False
 
@@ -281,43 +122,45 @@ class Reducer:
                 if index not in ready:
                     break
                 self._launch(self._units[index])
-            self._make_room()
+            self.poll(PATIENCE_SECONDS if self._alike else 0.0)
 
     def _launch(self, unit: Unit) -> None:
         self._launched.add(unit.index)
         for buffer in unit.buffers:
             if own := _sharded(buffer).own():
-                self._send(buffer, own, wide=False)
+                self._send(unit, buffer, own, wide=False)
 
-    def _send(self, buffer: FlatBuffer, have: Collection[int], *, wide: bool) -> None:
+    def _send(self, unit: Unit, buffer: FlatBuffer, have: Collection[int], *, wide: bool) -> None:
         gradients, first = _sharded(buffer), self._first_of[id(buffer)]
         self._sent |= {first + i for i in gradients.own()}
         with torch.no_grad():
-            self._in_flight += gradients.launch(self._comm, have, wide)
-        self._waiting.append(gradients)
+            nbytes = gradients.launch(self._comm, have, wide)
+        self._in_flight += nbytes
+        self._waiting.append((unit, buffer, nbytes))
 
-    def _make_room(self) -> None:
-        """Take in what has arrived; wait a little for the rest if that cannot be in anybody's way."""
-        if self._comm.ranks.replica_group is not None:
-            return  # the other copies of the model would have to take it in at the same time
-        deadline = time.monotonic() + (PATIENCE_SECONDS if self._alike else 0.0)
-        while self._waiting and (self._waiting[0].arrived() or self._in_flight > self._budget):
-            if not self._waiting[0].arrived():
-                if time.monotonic() > deadline:
-                    return
+    def poll(self, patience: float = 0.0) -> None:
+        """Take in what has arrived in backward.
+
+        Args:
+            patience: Seconds to wait for the rest if more is under way than there is room for.
+        """
+        deadline = time.monotonic() + patience
+        while self._waiting:
+            unit, buffer, _ = self._waiting[0]
+            if _sharded(buffer).arrived():
+                self._absorb_first()
+                if not self._waiting or self._waiting[0][0] is not unit:
+                    self._updates.reduced(unit)
+            elif self._in_flight > self._budget and time.monotonic() <= deadline:
                 time.sleep(0.0005)
-                continue
-            self._absorb_first()
+            else:
+                return
 
-    def _absorb_first(self, have: Collection[int] = ()) -> None:
-        gradients = self._waiting.pop(0)
+    def _absorb_first(self) -> None:
+        _, buffer, nbytes = self._waiting.pop(0)
         with torch.no_grad(), self._context.counters.timed("stall_gather_seconds"):
-            gradients.absorb(have)
-        if not self._waiting:
-            self._in_flight = 0
-        else:
-            buffer = gradients._buffer
-            self._in_flight -= 2 * buffer.layout.padded_numel * buffer.compute_dtype.itemsize
+            _sharded(buffer).absorb()
+        self._in_flight -= nbytes
 
     def finish(self, place: str) -> bool:
         """Agree with all ranks on which parameters have gradients, and reduce what has not gone out yet.
@@ -329,37 +172,49 @@ class Reducer:
             _sharded(buffer).show()
         first, late, wide = self._own()
         order = self._completed if self._comm.ranks.rank == 0 and self.early and not self._agreed else []
-        payload = (
-            struct.pack("<BI", wide, self._context.changes) + _pack(first, self._params) + _pack(late, self._params)
-        )
-        payload += struct.pack(f"<{len(order)}I", *order)
-        answers = self._rounds.meet(place, payload)
-        width = -(-self._params // 8)
-        firsts = [_unpack(a[5 : 5 + width]) for a in answers]
-        lates = [_unpack(a[5 + width : 5 + 2 * width]) for a in answers]
-        wide = any(a[0] for a in answers)
-        self._alike = all(f == firsts[0] for f in firsts) and not any(lates)
-        everyone = set().union(*firsts)
-        if not self._agreed and self.early:
-            told = answers[0][5 + 2 * width :]
-            known = struct.unpack(f"<{len(told) // 4}I", told)
-            if known:
-                self._order = [*known, *(i for i in self._order if i not in known)]
-                self._agreed = True
+        mine = _Said(wide, self._updates.wanted, self._context.changes, first, late, self._updates.clean(), order)
+        said = [self._decode(a) for a in self._rounds.meet(place, self._encode(mine))]
+        wide = any(s.wide for s in said)
+        self._alike = all(s.first == said[0].first and not s.late for s in said)
+        everyone = set().union(*(s.first for s in said))
+        if not self._agreed and self.early and said[0].order:
+            known = said[0].order
+            self._order = [*known, *(i for i in self._order if i not in known)]
+            self._agreed = True
+        self._updates.agree([s.wanted for s in said], [s.clean for s in said])
         have = self._by_buffer(everyone)
         for index in self._order:
             for buffer in self._units[index].buffers:
                 if index not in self._launched and have.get(id(buffer)):
-                    self._send(buffer, have[id(buffer)], wide=wide and buffer.compute_dtype != torch.float32)
-        self._reduce_late(set().union(*lates), wide)
+                    self._send_late(index, buffer, have[id(buffer)], wide)
+        self._reduce_late(set().union(*(s.late for s in said)), wide)
         while self._waiting:
             self._absorb_first()
         for buffer in self._buffers:
             if have.get(id(buffer)):
-                _sharded(buffer).absorb(have[id(buffer)])
+                _sharded(buffer).know(have[id(buffer)])
         self.hide()
         self.reset()
-        return len({a[1:5] for a in answers}) == 1
+        return len({s.changes for s in said}) == 1
+
+    def _encode(self, said: _Said) -> bytes:
+        head = _HEAD.pack(said.wide, said.wanted, said.changes)
+        sets = _pack(said.first, self._params) + _pack(said.late, self._params) + _pack(said.clean, len(self._units))
+        return head + sets + struct.pack(f"<{len(said.order)}I", *said.order)
+
+    def _decode(self, data: bytes) -> _Said:
+        wide, wanted, changes = _HEAD.unpack_from(data)
+        params, units = -(-self._params // 8), -(-len(self._units) // 8)
+        late, clean, order = (_HEAD.size + n for n in (params, 2 * params, 2 * params + units))
+        return _Said(
+            wide,
+            wanted,
+            changes,
+            first=_unpack(data[_HEAD.size : late]),
+            late=_unpack(data[late:clean]),
+            clean=_unpack(data[clean:order]),
+            order=struct.unpack(f"<{(len(data) - order) // 4}I", data[order:]),
+        )
 
     def hide(self) -> None:
         """Let code that uses ``p.grad`` raise from here to the next backward."""
@@ -372,7 +227,10 @@ class Reducer:
         for index in self._order:
             for buffer in self._units[index].buffers:
                 if have.get(id(buffer)):
-                    self._send(buffer, have[id(buffer)], wide=wide and buffer.compute_dtype != torch.float32)
+                    self._send_late(index, buffer, have[id(buffer)], wide)
+
+    def _send_late(self, index: int, buffer: FlatBuffer, have: Collection[int], wide: bool) -> None:
+        self._send(self._units[index], buffer, have, wide=wide and buffer.compute_dtype != torch.float32)
 
     def _own(self) -> tuple[set[int], set[int], bool]:
         """Return the parameters that had a gradient here, those that got one since it went out, and whether any sum."""
@@ -391,8 +249,8 @@ class Reducer:
 
     def reset(self) -> None:
         """Get ready for the next backward, whatever became of the last one."""
-        for gradients in self._waiting:
-            gradients.abandon()
+        for _, buffer, _ in self._waiting:
+            _sharded(buffer).abandon()
         self._waiting.clear()
         self._in_flight = 0
         self._completed.clear()

@@ -97,6 +97,16 @@ class _Weights:
             self.whole = True
 
     @property
+    def at_home(self) -> bool:
+        """Whether updates act on memory where the shard rests for good, which is no slot's."""
+        return self._home is not None
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether a slot has the shard, or had it and was not taken for anything else."""
+        return self.slot is not None or self._context.ring.find(self._buffer) is not None
+
+    @property
     def collected(self) -> bool:
         """Whether the slot is filled, or will be without another call."""
         return self.slot is not None and (self.whole or self._gathering is not None)
@@ -263,9 +273,10 @@ class DeviceWeights(_Weights):
 
     def publish(self, *, updated: bool) -> None:
         """Let compute see the shard, and take changes home."""
-        assert self.slot is not None
+        assert self.slot is not None or self._home is not None
         host = self.host()
         if (updated or self._stale) and host.data_ptr() != self._target().data_ptr():
+            assert self.slot is not None
             self._context.upload(host, self.slot, self._target(), self._buffer.name)
             self._stale = False
         if updated:

@@ -55,13 +55,17 @@ def train(
         return running.result(), seen
 
 
+def delayed_recipe(where: Where) -> Recipe:
+    """Return a recipe in which an update may be early, if it is to be."""
+    return Recipe(steps=4, clip_norm=None) if where.early else Recipe(steps=3)
+
+
 def train_delayed(rank: int, size: int, folder: Path, where: Where, setting: Setting, seed: int) -> tuple[Result, Any]:
     """Train with random delays in every stage, other ones on each rank; return the result and the bytes traced."""
-    recipe = Recipe(steps=3)
+    recipe = delayed_recipe(where)
     trace = Trace(rank)
-    with session(
-        ZOO["gpt"], folder / str(rank), where, "bf16-mixed", recipe, ranks=ranks(setting), stage=setting.stage
-    ) as running:
+    options = {"ranks": ranks(setting), "stage": setting.stage, "shard": setting.shard}
+    with session(ZOO["gpt"], folder / str(rank), where, "bf16-mixed", recipe, **options) as running:
         counters = running.engine.counters
         before = counters.snapshot()
         counters.trace = trace

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ranks
 from driver import Where
 from models import ZOO
-from oracle import Recipe, assert_same
+from oracle import assert_same
 from pool import pool
 from together import Setting, train_together
 
-PLACES = [Where("none", "none"), Where("nvme", "nvme", tight=True), Where("nvme", "nvme", aliased=False)]
+PLACES = [
+    Where("none", "none"),
+    Where("nvme", "nvme", tight=True),
+    Where("nvme", "nvme", aliased=False),
+    Where("none", "nvme", early=True),
+    Where("nvme", "nvme", tight=True, early=True),
+    Where("nvme", "nvme", aliased=False, early=True),
+]
 
 
 def check(where: Where, stage: int, seed: int, folder: Path) -> None:
     setting = Setting(2, stage)
-    expected = train_together(ZOO["gpt"], "bf16-mixed", Recipe(steps=3), setting)
+    expected = train_together(ZOO["gpt"], "bf16-mixed", ranks.delayed_recipe(where), setting)
     found = pool(2).run(ranks.train_delayed, folder, where, setting, seed)
     assert_same(found[0][0], expected)
 
@@ -35,5 +43,5 @@ def test_slow_ranks_change_nothing(where: Where, tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", PLACES, ids=str)
 def test_slow_ranks_change_nothing_ever(where: Where, stage: int, seed: int, tmp_path: Path) -> None:
     if stage < 3 and where.params != "none":
-        where = Where("none", where.optimizer, where.aliased)
+        where = replace(where, params="none", tight=False)
     check(where, stage, seed, tmp_path)

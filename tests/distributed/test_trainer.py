@@ -42,6 +42,17 @@ def test_as_ddp(setting: str, tmp_path: Path) -> None:
     assert ours[0]["metrics"]["val_loss"] == ours[1]["metrics"]["val_loss"]
 
 
+@pytest.mark.parametrize("options", [{"stage": 2}, {"offload_params": "nvme"}], ids=["stage-2", "stage-3"])
+def test_steps_are_taken_in_backward_with_the_bits_of_later_ones(options: dict[str, Any], tmp_path: Path) -> None:
+    found = {u: pool(2).run(trainers.fit_early, tmp_path / u, u, options) for u in ("auto", "step")}
+    for counts, weights in found["auto"]:
+        assert counts[0] == 0
+        assert min(counts[1:]) > 0
+        for name, weight in found["step"][0][1].items():
+            assert torch.equal(weights[name], weight), name
+    assert not any(any(counts) for counts, _ in found["step"])
+
+
 def test_sampler_is_distributed(tmp_path: Path) -> None:
     assert pool(2).run(trainers.batches_of_rank, tmp_path) == [4, 4]
 

@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning_cases import WIDTH, Net, loader, net, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_zinf
+from lightning_zinf.engine import reduction
 
 
 def build(size: int, strategy: Any, folder: Path, **options: Any) -> pl.Trainer:
@@ -32,6 +34,32 @@ def fit(rank: int, size: int, folder: Path, strategy: Any, options: dict[str, An
     tested = running.test(model, loader(4, seed=2), verbose=False)
     weights = lightning_zinf.full_state_dict(model)
     return {"weights": weights, "metrics": metrics, "test": tested, "steps": running.global_step}
+
+
+def fit_early(rank: int, size: int, folder: Path, update: str, options: dict[str, Any]) -> Any:
+    """Fit; return how many units each step had updated in backward, and the weights."""
+    counts: list[int] = []
+
+    class Counts(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            counts.append(len(trainer.strategy.engine.early.updated))
+            trainer.strategy.engine.early.updated.clear()
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            if (reducer := trainer.strategy.engine.reducer) is not None:
+                reducer._budget = 0  # a backward then waits for what is under way
+
+    kind = lightning_zinf.ZinfStrategy(
+        offload_optimizer="nvme",
+        units=["Linear"],
+        overlap=lightning_zinf.OverlapConfig(update=update, prefetch=False),  # type: ignore[arg-type]
+        nvme_path=folder / "nvme",
+        **options,
+    )
+    model = net()
+    with mock.patch.object(reduction, "PATIENCE_SECONDS", 20.0):
+        build(size, kind, folder, callbacks=[Counts()]).fit(model, loader(12))
+    return counts, lightning_zinf.full_state_dict(model)
 
 
 def predict_unevenly(rank: int, size: int, folder: Path) -> list[Tensor]:

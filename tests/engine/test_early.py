@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from driver import Where, session, train_paged
+from driver import Session, Where, session, train_paged
 from models import ZOO
 from oracle import Recipe, assert_same, train_plain
+from torch.utils.checkpoint import checkpoint
 
 PLACES = [
     Where("nvme", "nvme", tight=True, early=True),
@@ -144,3 +146,43 @@ def test_a_failure_in_backward_is_told(tmp_path: Path) -> None:
             it.optimizer.step(closure)
         it.engine.reset()
         it.step()
+
+
+class InTwoParts(torch.nn.Module):
+    """Layers, of which one's weight, but not its bias, gets a second gradient after both had their first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def early(x: torch.Tensor) -> torch.Tensor:
+            return x + torch.nn.functional.linear(x.detach(), self.layers[1].weight)
+
+        x = checkpoint(early, x, use_reentrant=True)
+        return checkpoint(self.layers, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("where", [Where("nvme", "nvme", early=True), Where("none", "nvme", early=True)], ids=str)
+def test_a_gradient_in_two_parts_is_one_update(where: Where, tmp_path: Path) -> None:
+    results, recipe = [], Recipe(clip_norm=None)
+    for update in ("auto", "step"):
+        torch.manual_seed(0)
+        model = InTwoParts()
+        there = replace(where, early=update == "auto", update=update)
+        with session(ZOO["mlp"], tmp_path / update, there, "32-true", recipe, model=model) as it:
+            x = torch.nn.Parameter(torch.randn(4, 16))
+
+            def closure(it: Session = it, x: torch.Tensor = x, model: InTwoParts = model) -> None:
+                loss = it.forward(lambda: model(x).square().sum())
+                it.losses.append(float(loss.detach()))
+                it.backward(loss)
+
+            for step in range(3):
+                it.optimizer.zero_grad()
+                it.binding.early = it.early
+                it.optimizer.step(closure)
+                assert it.engine.early.updated == ({2} if step and it.early else set())
+            results.append(it.result())
+    assert_same(results[0], results[1])
+    assert set(results[0].counts.values()) == {3}

@@ -201,7 +201,7 @@ def update_of(plan: Plan, unit: int) -> When:
     if options.update is not None:
         return options.update
     scaled = any(p == ("master", 4) for b in plan.decision.buffers for p in b.spec.planes)  # 16-mixed scales the loss
-    early = plan.world_size == 1 and not options.clip and not scaled
+    early = (plan.world_size == 1 or options.stage > 1) and not options.clip and not scaled
     return "backward" if early and unit % LEFT_TO_FORWARD else "deferred"
 
 

@@ -1,0 +1,207 @@
+"""Gradients of a buffer on one of several ranks: its own until they go out, then a shard of everybody's mean."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_zinf.comm.group import Collectives, Reduction
+from lightning_zinf.engine.gradients import Piece, refuse_sparse
+from lightning_zinf.engine.guard import KeptGradient, guard, plainly
+
+if TYPE_CHECKING:
+    from lightning_zinf.engine.buffer import FlatBuffer
+
+
+class ShardedGradients:
+    """Gradients of one buffer on one of several ranks.
+
+    Args:
+        buffer: Whose gradients.
+    """
+
+    def __init__(self, buffer: FlatBuffer) -> None:
+        self._buffer = buffer
+        self._sums: dict[int, Tensor] = {}
+        self._shard: Tensor | None = None
+        self._have: set[int] = set()
+        self._hidden: dict[int, Tensor] = {}
+        self._guarded: set[int] = set()
+        self._under_way: list[tuple[Reduction, set[int]]] = []
+        self._taken: set[int] = set()  # by an update, since gradients last went out
+
+    # ------------------------------------------------------------------ this rank's own
+
+    def take(self, index: int) -> None:
+        """Leave the gradient of parameter ``index`` where it is, until the whole buffer goes out."""
+
+    @plainly
+    def hide(self) -> None:
+        """Put a guard in the place of every gradient that there is, until the next backward."""
+        for index, param in enumerate(self._buffer.params):
+            grad = param.grad
+            if isinstance(grad, KeptGradient):
+                continue
+            if grad is not None:
+                self._hidden[index] = grad
+            if grad is not None or index in self._have or index in self._sums:
+                param.grad = guard(param)
+                self._guarded.add(index)
+
+    @plainly
+    def show(self) -> None:
+        """Take the guards away again."""
+        self._forget_what_the_user_dropped()
+        for index in self._guarded:
+            param = self._buffer.params[index]
+            param.grad = None  # first: the dtype may be another by now
+            if index in self._hidden:
+                param.grad = self._hidden.pop(index)
+        self._guarded.clear()
+
+    def _forget_what_the_user_dropped(self) -> None:
+        """A guard that is gone means that ``module.zero_grad()`` or ``p.grad = None`` was meant for the gradient."""
+        dropped = {i for i in self._guarded if not isinstance(self._buffer.params[i].grad, KeptGradient)}
+        if dropped:
+            self._guarded -= dropped
+            for index in dropped:
+                self._sums.pop(index, None)
+                self._hidden.pop(index, None)
+            self._forget(dropped, zero=True)
+
+    @plainly
+    def before_backward(self) -> None:
+        """Stage 1: move what the last backward left to float32 sums."""
+        self.show()
+        if self._buffer.context.stage > 1 or self._buffer.compute_dtype == torch.float32:
+            return
+        for index, param in enumerate(self._buffer.params):
+            if (grad := param.grad) is not None:
+                if index in self._sums:
+                    self._sums[index] += grad
+                else:
+                    self._sums[index] = grad.to(torch.float32, copy=True)
+                param.grad = None
+
+    @plainly
+    def own(self) -> list[int]:
+        """Return the parameters that have a gradient of this rank that has not gone out."""
+        found = {i for i, p in enumerate(self._buffer.params) if p.grad is not None}
+        return sorted(found | set(self._sums))
+
+    @property
+    def summed(self) -> bool:
+        """Whether gradients of this rank have been added up in float32."""
+        return bool(self._sums)
+
+    # ------------------------------------------------------------------ everybody's
+
+    def launch(self, comm: Collectives, have: Collection[int], wide: bool) -> int:
+        """Send this rank's gradients out; return the bytes under way.
+
+        Args:
+            comm: The collectives.
+            have: The parameters that have a gradient on any rank, as far as that is known.
+            wide: Send float32, whatever the gradients are.
+        """
+        buffer = self._buffer
+        dtype = torch.float32 if wide else buffer.compute_dtype
+        whole = torch.zeros(buffer.layout.padded_numel, dtype=dtype, device=buffer.device)
+        views = buffer.views_of(whole)
+        for index in self.own():
+            param = buffer.params[index]
+            if (grad := param.grad) is not None:
+                refuse_sparse(grad, buffer.names[index])
+                views[index].copy_(grad)
+                if index in self._sums:
+                    views[index].add_(self._sums.pop(index))
+                param.grad = None
+            else:
+                views[index].copy_(self._sums.pop(index))
+        self._taken.clear()
+        self._under_way.append((comm.reduce_scatter(whole, buffer.name), set(have)))
+        return 2 * whole.nbytes
+
+    def abandon(self) -> None:
+        """Forget what is under way, which some ranks may never join."""
+        self._under_way.clear()
+
+    def arrived(self) -> bool:
+        """Whether what went out first would be absorbed without waiting."""
+        return self._under_way[0][0].arrived()
+
+    def absorb(self) -> None:
+        """Wait for what went out first, and add it to the shard."""
+        reduction, known = self._under_way.pop(0)
+        mean = self._keep(reduction.mean())
+        if self._shard is None:
+            self._shard = mean
+        else:
+            self._shard += mean
+        self._have |= known
+
+    def know(self, have: Collection[int]) -> None:
+        """Note parameters that are known by now to have a gradient on some rank; nothing may be under way."""
+        self._have |= set(have) - self._taken
+
+    def _keep(self, mean: Tensor) -> Tensor:
+        """Move a shard to where updates run."""
+        buffer = self._buffer
+        if buffer.context.aliased or buffer.on_device:
+            return mean
+        host = buffer.context.allocate_host(mean.nbytes).view(torch.float32)
+        ticket = buffer.context.download(mean, host, f"{buffer.name}/gradient")
+        if ticket is not None:
+            ticket.wait()
+        return host
+
+    def collect(self, indices: Collection[int], *, keep: bool) -> list[Piece]:
+        """Return this rank's part of the gradients that are reduced.
+
+        Parameters that lie in other ranks' shards come with an empty piece.
+        """
+        self._forget_what_the_user_dropped()
+        if self._shard is None:
+            return []
+        wanted = [i for i in indices if i in self._have]
+        parts = {
+            index: (low, numel) for index, _, low, numel in self._buffer.layout.overlaps(*self._buffer.shard_range)
+        }
+        first = self._buffer.shard_range[0]
+        pieces = []
+        for index in wanted:
+            low, numel = parts.get(index, (first, 0))
+            pieces.append(Piece(index, low - first, self._shard[low - first : low - first + numel]))
+        if not keep:
+            self._taken |= set(indices)
+            for index in indices:
+                self._buffer.params[index].grad = None
+            self._guarded.difference_update(indices)
+            self._forget(indices, zero=False)
+        return pieces
+
+    @plainly
+    def clear(self, indices: Collection[int]) -> None:
+        """Forget the gradients of these parameters."""
+        for index in indices:
+            self._sums.pop(index, None)
+            self._hidden.pop(index, None)
+            self._buffer.params[index].grad = None
+        self._guarded.difference_update(indices)
+        self._forget(indices, zero=True)
+
+    def _forget(self, indices: Collection[int], *, zero: bool) -> None:
+        self._have -= set(indices)
+        if not self._have:
+            self._shard = None
+        elif zero and self._shard is not None:
+            first = self._buffer.shard_range[0]
+            for index, _, low, numel in self._buffer.layout.overlaps(*self._buffer.shard_range):
+                if index in set(indices):
+                    self._shard[low - first : low - first + numel] = 0
+        elif self._shard is not None:  # somebody else's gradients stay behind: the caller's are his alone
+            self._shard = self._shard.clone()
+            self._forget(indices, zero=True)
