@@ -48,12 +48,15 @@ def looks_at_gradients(package: str, trainer: Any, module: Any) -> bool:
         trainer: The Trainer.
         module: Its LightningModule.
     """
+    return bool(trainer.gradient_clip_val) or sees_gradients(package, trainer, module)
+
+
+def sees_gradients(package: str, trainer: Any, module: Any) -> bool:
+    """Whether code of the user's may run between backward and clipping, or instead of it; arguments as above."""
     overridden = part(package, "utilities.model_helpers").is_overridden
     hooks = ("on_after_backward", "on_before_optimizer_step")
-    return (
-        bool(trainer.gradient_clip_val)
-        or any(overridden(hook, module) for hook in (*hooks, "configure_gradient_clipping", "backward"))
-        or any(overridden(hook, callback) for hook in hooks for callback in trainer.callbacks)
+    return any(overridden(hook, module) for hook in (*hooks, "configure_gradient_clipping", "backward")) or any(
+        overridden(hook, callback) for hook in hooks for callback in trainer.callbacks
     )
 
 

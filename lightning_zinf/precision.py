@@ -116,15 +116,18 @@ class ZinfPrecisionBody(_Base):
     ) -> Any:
         """Run the closure and step; in ``16-mixed`` the step is left out if a gradient on any rank is not finite."""
         inner = _compat.unwrapped(optimizer)
+        if self._wants_norm(model) and not _compat.is_mock(self._package, inner):
+            binding_of(inner).wants_norm = True
         if self.scaler is None or not self.scaler.is_enabled() or _compat.is_mock(self._package, inner):
             if self._may_step_in_backward(model) and not _compat.is_mock(self._package, inner):
                 binding_of(inner).early = True
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        result = closure()
+        binding = binding_of(inner)
+        with binding.norm_ahead():
+            result = closure()
         if result is None and model.automatic_optimization:  # there was no backward
             self._after_closure(model, optimizer)
             return result
-        binding = binding_of(inner)
         binding.unscale = 1.0 / self.scaler.get_scale()
         finite = math.isfinite(binding.grad_norm())
         self._after_closure(model, optimizer)
@@ -147,6 +150,16 @@ class ZinfPrecisionBody(_Base):
             and model.automatic_optimization
             and len(self._strategy.optimizers) == 1
             and not _compat.looks_at_gradients(self._package, trainer, model)
+        )
+
+    def _wants_norm(self, model: LightningModule) -> bool:
+        """Whether the norm of the gradients of the coming backward will be wanted before anybody can change them."""
+        trainer = model.trainer
+        by_norm = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm in (None, "norm")
+        return (
+            (by_norm or self.scaler is not None)
+            and model.automatic_optimization
+            and not _compat.sees_gradients(self._package, trainer, model)
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class EngineContext:
         self.computing: Callable[[], bool] = _never
         self.updates_soon: Callable[[Any], bool] = _not_soon
         self.retire: Callable[[Any], None] = _nobody
+        self.norms_ahead = False  # gradients are to be summed as they are complete, see squares.py
         self.changes = 0
         self.last_change = ""
         self._ring: SlotRing | None = None

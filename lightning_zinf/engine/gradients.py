@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.engine.guard import KeptGradient, guard, plainly
+from lightning_zinf.engine.squares import Squares
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -42,7 +43,13 @@ class Piece:
 
 
 class Gradients(Protocol):
-    """Gradients of one buffer."""
+    """Gradients of one buffer.
+
+    Attributes:
+        squares: What is known of their norm.
+    """
+
+    squares: Squares
 
     def take(self, index: int) -> None:
         """Parameter ``index`` has a gradient: move it to where it is kept."""
@@ -52,6 +59,9 @@ class Gradients(Protocol):
 
     def hide(self) -> None:
         """A backward has ended: let code that uses ``p.grad`` raise where that is not the gradient."""
+
+    def sum_squares(self) -> bool:
+        """Sum the squares of gradients that are complete; return False if they are still on their way."""
 
     def collect(self, indices: Collection[int], *, keep: bool) -> list[Piece]:
         """Return the gradient of every parameter among ``indices`` that has one.
@@ -77,6 +87,7 @@ class WholeGradients:
 
     def __init__(self, buffer: FlatBuffer) -> None:
         self._buffer = buffer
+        self.squares = Squares(buffer.name, buffer.context.counters)
         self._sums: dict[int, Tensor] = {}
         self._arrived: dict[int, Tensor] = {}
         self._tickets: list[EventTicket] = []
@@ -110,8 +121,31 @@ class WholeGradients:
         buffer.params[index].grad = None
 
     @plainly
+    def sum_squares(self) -> bool:
+        """See :meth:`Gradients.sum_squares`. Those that are added to sums are complete only when a backward ends."""
+        if not all(ticket.done() for ticket in self._tickets):
+            return False
+        grads = {}
+        for index, param in enumerate(self._buffer.params):
+            grad = self._arrived.get(index, param.grad)
+            hooks = getattr(param, "_post_accumulate_grad_hooks", None) or ()
+            if grad is not None and index not in self._sums and len(hooks) < 2 and _can_be_summed(grad):
+                grads[index] = grad
+        self.squares.note(grads)
+        return True
+
+    def _complete_sums(self) -> None:
+        """Add the last micro-batch's gradients to the sums, and sum the squares of those."""
+        self._wait()
+        open_ = [i for i in self._sums if not isinstance(self._buffer.params[i].grad, KeptGradient)]
+        totals = {index: self._of(index) for index in open_}
+        self.squares.note({i: t for i, t in totals.items() if t is not None and _can_be_summed(t)})
+
+    @plainly
     def hide(self) -> None:
         """Put guards where a gradient is elsewhere, or part of it."""
+        if self._buffer.context.norms_ahead:
+            self._complete_sums()
         for index in set(self._sums) | set(self._arrived):
             param = self._buffer.params[index]
             if isinstance(param.grad, KeptGradient):
@@ -136,6 +170,7 @@ class WholeGradients:
 
     def before_backward(self) -> None:
         """Make room for the gradients of another backward."""
+        self.squares.forget()
         self._wait()
         self._show()
         if not self._stays or self._buffer.compute_dtype == torch.float32:
@@ -167,6 +202,7 @@ class WholeGradients:
 
     def clear(self, indices: Collection[int]) -> None:
         """Forget the gradients of these parameters."""
+        self.squares.forget()
         self._wait()
         for index in indices:
             self._sums.pop(index, None)
@@ -198,6 +234,10 @@ class WholeGradients:
     def _wait(self) -> None:
         while self._tickets:
             self._tickets.pop().wait()
+
+
+def _can_be_summed(grad: Tensor) -> bool:
+    return not isinstance(grad, KeptGradient) and grad.is_cpu and not grad.is_sparse and grad.is_contiguous()
 
 
 def refuse_sparse(grad: Tensor, name: str) -> None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_zinf.comm.rounds import Rounds
 from lightning_zinf.engine.activations import Activations, Offload, staying_storages
 from lightning_zinf.engine.context import EngineContext
+from lightning_zinf.engine.gradients import Gradients
 from lightning_zinf.engine.net import SavedTensorNet
 from lightning_zinf.engine.pager import Pager
 from lightning_zinf.engine.reduction import Reducer
@@ -93,6 +94,12 @@ def _grad_arrived(ref: weakref.ref[Hooks], unit: int, key: tuple[int, int], para
     engine = ref()
     if engine is not None:
         engine._on_grad(engine.units[unit], key)
+
+
+def _grad_stays(ref: weakref.ref[Hooks], unit: int, key: tuple[int, int], param: Tensor) -> None:
+    engine = ref()
+    if engine is not None and engine.context.norms_ahead:
+        engine._on_grad_in_place(engine.units[unit], key)
 
 
 class _NoHook:
@@ -155,6 +162,8 @@ class Hooks:
         self._in_backward_callback = False
         self._backward_nets = 0
         self._net = SavedTensorNet(self.pager)
+        self._sums_squares = False
+        self._unsummed: list[Gradients] = []
         self._needs_net = any(not u.persistent for u in units)
         self._any_moves = any(u.moves for u in units)
         self._any_flips = any(u.flips for u in units)
@@ -207,13 +216,42 @@ class Hooks:
             pre = module.register_forward_pre_hook(self._pre_forward, prepend=True, with_kwargs=True)
             post = module.register_forward_hook(self._post_forward, always_call=True)
             self._handles += [pre, post]
+        self._hook_gradients([u for u in self.units if self._follows(u)], _grad_arrived)
+
+    def _follows(self, unit: Unit) -> bool:
+        """Whether something has to be done as soon as the gradients of a unit are complete."""
+        return unit.moves or not self.context.aliased or self.reducer is not None
+
+    def _hook_gradients(self, units: Sequence[Unit], arrived: Callable[..., None]) -> None:
         engine = weakref.ref(self)  # hooks of tensors hide from the garbage collector what they hold
-        for unit in self.units:
-            if unit.moves or not self.context.aliased or self.reducer is not None:
-                for i, buffer in enumerate(unit.buffers):
-                    for j, param in enumerate(buffer.params):
-                        hook = functools.partial(_grad_arrived, engine, unit.index, (i, j))
-                        self._handles.append(_on_gradient(param, hook))
+        for unit in units:
+            for i, buffer in enumerate(unit.buffers):
+                for j, param in enumerate(buffer.params):
+                    hook = functools.partial(arrived, engine, unit.index, (i, j))
+                    self._handles.append(_on_gradient(param, hook))
+
+    @contextmanager
+    def summing_squares(self) -> Iterator[None]:
+        """While this is open, sum the squares of gradients as they are complete: their norm will be wanted."""
+        if not self._sums_squares:
+            self._sums_squares = True
+            self._hook_gradients([u for u in self.units if not self._follows(u)], _grad_stays)
+        self.context.norms_ahead = True
+        try:
+            yield
+        finally:
+            self.context.norms_ahead = False
+
+    def _sum_squares(self, unit: Unit) -> None:
+        """Sum those of a unit, and of earlier ones that were still on their way then."""
+        self._unsummed = [g for g in [*self._unsummed, *(b.gradients for b in unit.buffers)] if not g.sum_squares()]
+
+    @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]
+    def _on_grad_in_place(self, unit: Unit, key: tuple[int, int]) -> None:
+        unit.fired.add(key)
+        if unit.fired >= unit.expected():
+            unit.fired.clear()
+            self._sum_squares(unit)
 
     def _borrowers(self) -> Iterator[tuple[nn.Module, Unit]]:
         """Yield modules with a parameter that the unit of another branch owns: tied weights."""
@@ -336,6 +374,8 @@ class Hooks:
             self.early.complete(unit)
             if reducer is not None:
                 reducer.complete(unit)
+            elif self.context.norms_ahead:
+                self._sum_squares(unit)
             if unit.index not in self._live():
                 self.pager.release(unit)
 
@@ -394,6 +434,7 @@ class Hooks:
     def _after_backward(self) -> None:
         self._in_backward_callback = False
         self._end_backward(None)
+        self._unsummed.clear()
         for unit in self.units:
             unit.fired.clear()
         self.pager.release_idle()

@@ -151,6 +151,9 @@ class Reducer:
                 self._absorb_first()
                 if not self._waiting or self._waiting[0][0] is not unit:
                     self._updates.reduced(unit)
+                    if self._context.norms_ahead:
+                        for own in unit.buffers:
+                            own.gradients.sum_squares()
             elif self._in_flight > self._budget and time.monotonic() <= deadline:
                 time.sleep(0.0005)
             else:
@@ -189,10 +192,11 @@ class Reducer:
                     self._send_late(index, buffer, have[id(buffer)], wide)
         self._reduce_late(set().union(*(s.late for s in said)), wide)
         while self._waiting:
+            _, buffer, _ = self._waiting[0]
             self._absorb_first()
-        for buffer in self._buffers:
-            if have.get(id(buffer)):
-                _sharded(buffer).know(have[id(buffer)])
+            _sharded(buffer).know(have.get(id(buffer), ()))
+            if self._context.norms_ahead and all(other is not buffer for _, other, _ in self._waiting):
+                buffer.gradients.sum_squares()
         self.hide()
         self.reset()
         return len({s.changes for s in said}) == 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_zinf.comm.group import Collectives, Reduction
 from lightning_zinf.engine.gradients import Piece, refuse_sparse
 from lightning_zinf.engine.guard import KeptGradient, guard, plainly
+from lightning_zinf.engine.squares import Squares
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -25,6 +26,7 @@ class ShardedGradients:
 
     def __init__(self, buffer: FlatBuffer) -> None:
         self._buffer = buffer
+        self.squares = Squares(buffer.name, buffer.context.counters)
         self._sums: dict[int, Tensor] = {}
         self._shard: Tensor | None = None
         self._have: set[int] = set()
@@ -75,6 +77,7 @@ class ShardedGradients:
     @plainly
     def before_backward(self) -> None:
         """Stage 1: move what the last backward left to float32 sums."""
+        self.squares.forget()
         self.show()
         if self._buffer.context.stage > 1 or self._buffer.compute_dtype == torch.float32:
             return
@@ -164,6 +167,22 @@ class ShardedGradients:
         Parameters that lie in other ranks' shards come with an empty piece.
         """
         self._forget_what_the_user_dropped()
+        pieces = self._pieces(indices)
+        if not keep and self._shard is not None:
+            self.squares.forget()
+            self._taken |= set(indices)
+            for index in indices:
+                self._buffer.params[index].grad = None
+            self._guarded.difference_update(indices)
+            self._forget(indices, zero=False)
+        return pieces
+
+    def sum_squares(self) -> bool:
+        """See :meth:`Gradients.sum_squares`; what has been reduced is complete."""
+        self.squares.note({p.index: p.grad for p in self._pieces(range(len(self._buffer.params))) if p.grad.is_cpu})
+        return True
+
+    def _pieces(self, indices: Collection[int]) -> list[Piece]:
         if self._shard is None:
             return []
         wanted = [i for i in indices if i in self._have]
@@ -175,17 +194,12 @@ class ShardedGradients:
         for index in wanted:
             low, numel = parts.get(index, (first, 0))
             pieces.append(Piece(index, low - first, self._shard[low - first : low - first + numel]))
-        if not keep:
-            self._taken |= set(indices)
-            for index in indices:
-                self._buffer.params[index].grad = None
-            self._guarded.difference_update(indices)
-            self._forget(indices, zero=False)
         return pieces
 
     @plainly
     def clear(self, indices: Collection[int]) -> None:
         """Forget the gradients of these parameters."""
+        self.squares.forget()
         for index in indices:
             self._sums.pop(index, None)
             self._hidden.pop(index, None)

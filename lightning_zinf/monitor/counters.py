@@ -44,6 +44,8 @@ class Counters:
         orphaned_slots: Slots left to code that still held a view of them when they were needed.
         overcommits: Times that the page budget had to be exceeded.
         updates: Optimizer updates applied to a buffer.
+        norm_ahead_bytes: Bytes of gradients whose squares were summed as they were complete.
+        norm_bytes: Bytes of gradients whose squares were summed when a norm was asked for.
         stall_read_seconds: Time that the computation waited for reads of weights or state.
         stall_write_seconds: Time that it waited for a slot or tile whose write was under way.
         stall_gather_seconds: Time that it waited for weights of other ranks, or for their gradients.
@@ -68,6 +70,8 @@ class Counters:
     orphaned_slots: int = 0
     overcommits: int = 0
     updates: int = 0
+    norm_ahead_bytes: int = 0
+    norm_bytes: int = 0
     stall_read_seconds: float = 0.0
     stall_write_seconds: float = 0.0
     stall_gather_seconds: float = 0.0

@@ -34,6 +34,7 @@ Stage = Literal[
     "gather",
     "wait",
     "update",
+    "norm",
     "nvme_read",
     "nvme_write",
     "h2d",
@@ -45,6 +46,7 @@ Stage = Literal[
 
 The computation: ``step`` is a step's forward, ``forward`` a unit's, ``backward`` a unit's up to its last gradient. What
 it needs: ``gather`` is that a unit becomes resident, whatever that takes, ``update`` an optimizer step of one buffer,
+``norm`` a sum of squares of gradients,
 ``wait`` that the computation stands still for a request. The rest are requests.
 """
 

@@ -14,13 +14,14 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_zinf.ops import squared_norm
+from lightning_zinf.engine.squares import sums_of_squares
+from lightning_zinf.monitor.trace import span
 from lightning_zinf.optim.adam import AdamRule, is_fused_adam
 from lightning_zinf.optim.elementwise import ElementwiseRule
 from lightning_zinf.optim.state_dict import load_optimizer_state_dict, optimizer_state_dict
@@ -53,6 +54,7 @@ class OptimizerBinding:
         self.grad_scale = 1.0
         self.clip_value: float | None = None
         self.early = False  # whether the coming step may be taken in backward
+        self.wants_norm = False  # whether the coming backward may sum the squares of gradients as they are complete
         self.average: float | None = None  # weight of the old running average in the coming step
         self.averaged = 0  # updates that it has had
         self._optimizer = weakref.ref(optimizer)
@@ -101,21 +103,43 @@ class OptimizerBinding:
 
     # ------------------------------------------------------------------ clipping
 
-    def grads(self) -> list[Tensor]:
-        """Return this rank's part of the gradients of this optimizer's parameters, unscaled and unclipped."""
+    @contextmanager
+    def norm_ahead(self) -> Iterator[None]:
+        """Sum the squares of gradients as they are complete in a backward that runs inside, if that may be."""
+        ahead, self.wants_norm = self.wants_norm, False
+        with self.engine.summing_squares() if ahead else nullcontext():
+            yield
+
+    def _squares(self) -> tuple[list[float], list[float]]:
+        """Return the sum of squares of each gradient, in the order of the parameters, those of float16 apart."""
         self.engine.reduce_gradients()
-        return [p.grad for buffer, groups in self._by_buffer() for p in buffer.gradients.collect(groups, keep=True)]
+        sums: list[float | None] = []
+        left: list[Tensor] = []
+        low: list[bool] = []
+        for buffer, groups in self._by_buffer():
+            for piece in buffer.gradients.collect(groups, keep=True):
+                sums.append(buffer.gradients.squares.of(piece.index, piece.grad))
+                low.append(piece.grad.dtype == torch.float16)
+                if sums[-1] is None:
+                    left.append(piece.grad)
+        nbytes = sum(grad.nbytes for grad in left)
+        self.engine.counters.norm_bytes += nbytes
+        with span(self.engine.counters, "norm", "the rest", nbytes):
+            rest = iter(sums_of_squares(left))
+        found = [next(rest) if total is None else total for total in sums]
+        return [s for s, of in zip(found, low, strict=True) if not of], [
+            s for s, of in zip(found, low, strict=True) if of
+        ]
 
     def grad_norm(self) -> float:
         """Return the 2-norm of all gradients as one vector; the squares are summed in float64.
 
         It is not finite, on every rank, if a gradient is not finite on any.
         """
-        grads = self.grads()
-        total, _finite = squared_norm([g for g in grads if g.dtype != torch.float16])
-        for grad in grads:
-            if grad.dtype == torch.float16:  # one at a time: the kernel reads float32 and bfloat16
-                total += squared_norm([grad.float()])[0]
+        high, low = self._squares()
+        total = sum(high, 0.0)
+        for square in low:
+            total += square
         return float(self.engine.sum_over_shards(total, "the norm of the gradients") ** 0.5) * self.unscale
 
     def clip_by_norm(self, max_norm: float) -> float:
@@ -145,7 +169,8 @@ class OptimizerBinding:
         """Where ``early`` is set, take the coming step unit by unit in a backward that runs inside."""
         early, self.early = self.early, False
         if not early:
-            yield
+            with self.norm_ahead():
+                yield
             return
         groups = {id(buffer): (buffer, own) for buffer, own in self._by_buffer()}
 
@@ -186,6 +211,7 @@ class OptimizerBinding:
             update = self.rule.capture(buffer, pieces, groups, scale, clip_value)
             update.average = average
             self.engine.update(buffer, update)
+            buffer.gradients.squares.forget()
         self.engine.stepped()
 
     def forget_scaling(self) -> None:

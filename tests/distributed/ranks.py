@@ -82,6 +82,16 @@ def train_delayed(rank: int, size: int, folder: Path, where: Where, setting: Set
     return result, grown
 
 
+def norms(running: Session) -> tuple[int, int, int]:
+    """Return bytes of gradients that were summed as they came, those summed for a norm, and those of the shard."""
+    shard = 0
+    for unit in running.engine.units:
+        for buffer in unit.buffers:
+            pieces = buffer.layout.overlaps(*buffer.shard_range)
+            shard += sum(4 * numel for index, _, _, numel in pieces if buffer.params[index].requires_grad)
+    return running.engine.counters.norm_ahead_bytes, running.engine.counters.norm_bytes, shard
+
+
 def traffic(running: Session) -> dict[str, int]:
     """Return the bytes that went between ranks, what this rank keeps, and what was planned of both."""
     buffers = [b for unit in running.engine.units for b in unit.buffers]

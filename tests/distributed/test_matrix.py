@@ -85,6 +85,26 @@ def test_float16(name: str, where: Where, stage: int, tmp_path: Path) -> None:
     check(name, "16-mixed", where, Setting(2, stage), tmp_path)
 
 
+AHEAD = [
+    (Where("none", "none", ahead=True), Setting(2, 2)),
+    (Where("nvme", "nvme", tight=True, ahead=True), Setting(2, 3)),
+    (Where("none", "nvme", aliased=False, ahead=True), Setting(2, 3)),
+    (Where("none", "nvme", ahead=True), Setting(2, 2, shard=1)),
+]
+
+
+@pytest.mark.parametrize(("where", "setting"), AHEAD, ids=str)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_norms_of_shards_are_summed_as_they_are_reduced(
+    accumulate: int, where: Where, setting: Setting, tmp_path: Path
+) -> None:
+    recipe = Recipe(steps=3, accumulate=accumulate)
+    found = pool(2).run(ranks.train, "gpt", tmp_path, where, "bf16-mixed", recipe, setting, ranks.norms)
+    assert_same(found[0][0], train_together(ZOO["gpt"], "bf16-mixed", recipe, setting))
+    for _, (ahead, later, shard) in found:
+        assert (ahead, later) == (recipe.steps * shard, 0)
+
+
 OPTIMIZERS = {
     "momentum": Recipe(steps=3, optimizer=torch.optim.SGD, options={"momentum": 0.9}),
     "plain": Recipe(steps=3, optimizer=torch.optim.SGD),

@@ -42,6 +42,7 @@ class Where:
         activations: Option ``offload_activations``; whatever autograd saves is large enough.
         activation_bytes: Option ``memory.activation_bytes``.
         early: Let steps be taken in backward, where the recipe does not clip.
+        ahead: Sum the squares of gradients as they are complete, where it clips by norm.
         update: Option ``overlap.update``.
         share: Allow so much host memory, as a share of all planes and gradients, and leave the rest to the engine.
     """
@@ -56,11 +57,12 @@ class Where:
     activation_bytes: int | None = None
     share: float | None = None
     early: bool = False
+    ahead: bool = False
     update: Literal["auto", "forward", "step"] = "auto"
 
     def __str__(self) -> str:
         flags = ["device"] * (self.aliased is False) + ["tight"] * self.tight + ["on-demand"] * (not self.prefetch)
-        flags += ["early"] * self.early + [self.update] * (self.update != "auto")
+        flags += ["early"] * self.early + ["ahead"] * self.ahead + [self.update] * (self.update != "auto")
         flags += [f"share-{self.share:g}"] if self.share is not None else []
         return "-".join([self.params, self.optimizer, *flags])
 
@@ -146,6 +148,7 @@ class Session:
     number: int = 0
     stride: int = 1
     early: bool = False
+    ahead: bool = False
     losses: list[float] = field(default_factory=list)
 
     def forward(self, loss: Callable[[], Tensor] | None = None, kind: str = "train") -> Tensor:
@@ -198,7 +201,9 @@ class Session:
             self.optimizer.step(self.micro_step)
             self.schedule.step()
         else:
-            self.micro_step()
+            self.binding.wants_norm = self.ahead and self.recipe.clip_norm is not None
+            with self.binding.norm_ahead():
+                self.micro_step()
             self.update()
 
     def train(self, steps: int | None = None) -> Session:
@@ -287,7 +292,20 @@ def session(
     try:
         binding = OptimizerBinding(optimizer, engine)
         first, world = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
-        yield Session(model, engine, binding, optimizer, schedule, case, recipe, precision, first, world, where.early)
+        yield Session(
+            model,
+            engine,
+            binding,
+            optimizer,
+            schedule,
+            case,
+            recipe,
+            precision,
+            number=first,
+            stride=world,
+            early=where.early,
+            ahead=where.ahead,
+        )
     finally:
         engine.context.close()
 

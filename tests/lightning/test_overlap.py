@@ -87,6 +87,31 @@ def test_what_needs_all_gradients_first_gets_them(kind: type[Net], options: dict
     assert_same(ours, updated_early(tmp_path, kind, update="step", **options)[1])
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("place", ["cpu", "nvme"])
+def test_squares_are_summed_as_gradients_come_unless_code_may_change_them(
+    place: str, precision: Any, tmp_path: Path
+) -> None:
+    found = {}
+    for kind in (Net, AfterBackward):
+        counted: list[tuple[int, int]] = []
+
+        class Counts(Callback):
+            def on_train_end(self, trainer: Any, module: Any, counted: Any = counted) -> None:
+                counters = trainer.strategy.engine.counters
+                counted.append((counters.norm_ahead_bytes, counters.norm_bytes))
+
+        strategy = lightning_zinf.ZinfStrategy(
+            offload_params="none", offload_optimizer=place, nvme_path=tmp_path / "nvme"
+        )
+        module, options = net(kind), {"gradient_clip_val": 0.1, "callbacks": [Counts()], "precision": precision}
+        trainer(tmp_path, strategy, **options).fit(module, loader(6))
+        nbytes = 6 * sum(p.numel() for p in module.parameters()) * (4 if precision == "32-true" else 2)
+        assert counted == [(nbytes, 0) if kind is Net else (0, nbytes)]
+        found[kind] = weights(module)
+    assert_same(found[Net], found[AfterBackward])
+
+
 def test_a_bad_option_is_named() -> None:
     with pytest.raises(ValueError, match=r"overlap.update must be 'auto', 'forward' or 'step', got 'backward'"):
         OverlapConfig(update="backward")  # type: ignore[arg-type]

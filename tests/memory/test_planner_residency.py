@@ -156,4 +156,8 @@ def test_when_updates_run() -> None:
     assert when(PlanOptions("nvme", "nvme", clip=True)) == ["deferred"] * 4
     assert when(PlanOptions("nvme", "nvme", update="after")) == ["after"] * 4
     assert when(PlanOptions("nvme", "nvme"), of=model([5000] * 4, "16-mixed")) == ["deferred"] * 4
-    assert when(PlanOptions(), Machine("m", 0, 2**30, 2**40, Rates(), 2, aliased=True)) == ["deferred"] * 4
+    two = Machine("m", 0, 2**30, 2**40, Rates(), 2, aliased=True)
+    assert when(PlanOptions(), two) == ["deferred", "backward", "backward", "deferred"]
+    assert when(PlanOptions(clip=True), two) == ["deferred"] * 4
+    assert when(PlanOptions("none", "nvme", stage=2), two) == ["deferred", "backward", "backward", "deferred"]
+    assert when(PlanOptions("none", "nvme", stage=1), two) == ["deferred"] * 4
