@@ -57,7 +57,8 @@ class EarlyUpdates:
         self._clean: dict[int, bool] = {}
         self._clean_everywhere: set[int] = set()
         self._wanted_everywhere = not shared
-        self._complete: set[int] = set()
+        self._complete: dict[int, None] = {}  # in this order
+        self._order: list[int] = []  # that of the backward before
         self._apply: Callable[[Unit], None] | None = None
         self._mixed: set[int] = set()
         self.wanted = False
@@ -90,8 +91,14 @@ class EarlyUpdates:
         self._complete.clear()
         self.running = True
 
+    def coming(self) -> Iterator[Unit]:
+        """Yield the units that are still to be updated in this backward, in the order of the backward before."""
+        by_index = {unit.index: unit for unit in self._units}
+        return (by_index[index] for index in self._order if self.expected(by_index[index]))
+
     def end(self) -> None:
         """A backward has ended."""
+        self._order = list(self._complete)
         self._complete.clear()
         self.running = False
 
@@ -148,7 +155,7 @@ class EarlyUpdates:
             self.reduced(unit)
         else:
             self._clean.setdefault(unit.index, True)
-        self._complete.add(unit.index)
+        self._complete[unit.index] = None
 
     def reduced(self, unit: Unit) -> None:
         """All gradients of a unit have arrived from all ranks: update it if it may be."""

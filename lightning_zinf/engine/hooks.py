@@ -378,6 +378,7 @@ class Hooks:
                 self._sum_squares(unit)
             if unit.index not in self._live():
                 self.pager.release(unit)
+            self.pager.prefetch_states()
 
     # ------------------------------------------------------------------ recomputation
 

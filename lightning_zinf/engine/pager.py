@@ -230,12 +230,15 @@ class Pager:
         for unit in self.held:
             if unit.state is UnitState.LOADING:
                 unit.prefetch_state()
-        if self.early.running:  # state of weights that stay in place, too
-            for index in dict.fromkeys(itertools.islice(self.schedule.ahead(), STATES_AHEAD)):
-                if self.units[index].persistent and self.early.expected(self.units[index]):
-                    self.units[index].prefetch_state()
+        self.prefetch_states()
         with torch.inference_mode(False), torch.no_grad():
             self._start_ahead(wrap=wrap)
+
+    def prefetch_states(self) -> None:
+        """Start to fetch the state that updates in backward want next where nothing gathers the weights: in place."""
+        if self._prefetch_on and self.early.running:
+            for unit in itertools.islice((u for u in self.early.coming() if u.persistent), STATES_AHEAD):
+                unit.prefetch_state()
 
     def _start_ahead(self, *, wrap: bool) -> None:
         """Start to load what the recorded order expects next, until no slot is free."""

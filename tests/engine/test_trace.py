@@ -208,6 +208,25 @@ def test_a_unit_is_updated_after_its_own_backward_and_before_those_of_others(tmp
     assert followed > 0
 
 
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_state_that_backward_updates_is_read_while_other_units_compute(prefetch: bool, tmp_path: Path) -> None:
+    """Also where weights stay in place, so that nothing gathers them."""
+    recipe = Recipe(accumulate=1, clip_norm=None)
+    where = Where("none", "nvme", early=True, prefetch=prefetch)
+    with session(ZOO["gpt"], tmp_path, where, "bf16-mixed", recipe) as running:
+        trace, _ = traced(running, steps=3)
+        early = [running.engine.units[index].label for index in running.engine.early.updated]
+    events = trace.events()
+    ahead = []
+    for label in early:
+        updates = [e for e in events if e.stage == "update" and e.name == f"{label}/bfloat16"]
+        reads = [e for e in events if e.stage == "nvme_read" and e.name == f"{label}/bfloat16/state"]
+        for before, update in itertools.pairwise(updates):
+            ahead.append(any(ended(before) <= read.begin < update.begin for read in reads))
+    assert len(ahead) == 2 * len(early) > 2
+    assert all(ahead) if prefetch else not any(ahead)
+
+
 def test_a_trace_changes_nothing(tmp_path: Path) -> None:
     results = []
     for on in (False, True):
