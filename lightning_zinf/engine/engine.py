@@ -46,8 +46,7 @@ class Engine(Hooks):
         for unit in self.units:
             for buffer in unit.buffers:
                 buffer.gradients.before_backward()
-        self.early.begin()
-        self.pager.prefetch_states()
+        self.pager.before_backward()
         if self._needs_net:  # recomputation saves tensors too, and so does a backward that builds a graph
             self._net.enter()
             self._backward_nets += 1

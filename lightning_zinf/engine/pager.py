@@ -31,7 +31,7 @@ from lightning_zinf.optim.update import Update
 from lightning_zinf.parameters import owner_of
 
 STATES_AHEAD = 4
-"""Units whose state is fetched ahead in backward, where their weights are there already."""
+"""Units whose state is fetched ahead in backward."""
 MAX_HOST_UNITS = 2
 """Units that code outside of a training step keeps in memory at once, unless it holds on to more."""
 
@@ -62,6 +62,8 @@ class Pager:
         self.early = EarlyUpdates(units, shared=context.comm is not None)
         self.close_wholes: Callable[[], None] = _nothing
         self._wanted: list[Unit] = []
+        self._updated: dict[Unit, None] = {}  # since the last backward, when they were needed; in that order
+        self._first: list[Unit] = []  # the same of the step before
         self._arriving: list[FlatBuffer] = []
         self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
         self._by_storage: dict[int, FlatBuffer] = {}
@@ -164,6 +166,8 @@ class Pager:
 
     def _start(self, unit: Unit, keep: list[Unit]) -> None:
         """Start loading, evicting whatever has to go."""
+        if any(buffer.pending for buffer in unit.buffers):
+            self._updated[unit] = None
         if unit.state in (UnitState.LOADING, UnitState.RESIDENT):
             return
         pinned = self._live() | {u.index for u in keep}
@@ -234,11 +238,28 @@ class Pager:
         with torch.inference_mode(False), torch.no_grad():
             self._start_ahead(wrap=wrap)
 
+    def before_backward(self) -> None:
+        """A backward begins: the disk has time to fetch state."""
+        if self._updated:  # else this is another backward of the same step
+            self._first = list(self._updated)
+            self._updated.clear()
+        self.early.begin()
+        self.prefetch_states()
+
     def prefetch_states(self) -> None:
-        """Start to fetch the state that updates in backward want next where nothing gathers the weights: in place."""
-        if self._prefetch_on and self.early.running:
-            for unit in itertools.islice((u for u in self.early.coming() if u.persistent), STATES_AHEAD):
+        """Start to fetch the state that updates want next: in this backward, then in the next forward.
+
+        Where weights are gathered for backward, the state that is wanted then comes with them.
+        """
+        if not self._prefetch_on or not self.early.running:
+            return
+        coming = list(itertools.islice(self.early.coming(), STATES_AHEAD))
+        for unit in coming:
+            if unit.persistent:
                 unit.prefetch_state()
+        left = (u for u in self._first if u.index not in self.early.updated)
+        for unit in itertools.islice(left, STATES_AHEAD - len(coming)):
+            unit.prefetch_state(before_step=True)
 
     def _start_ahead(self, *, wrap: bool) -> None:
         """Start to load what the recorded order expects next, until no slot is free."""

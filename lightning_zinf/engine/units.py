@@ -103,10 +103,15 @@ class Unit:
         """Whether its weights are here, or will be without another collective."""
         return all(b.collected for b in self.buffers)
 
-    def prefetch_state(self) -> None:
-        """Start to fetch the state that pending updates need, or that backward will, as far as staging has room."""
+    def prefetch_state(self, *, before_step: bool = False) -> None:
+        """Start to fetch the state that updates need, as far as staging has room.
+
+        Args:
+            before_step: Not only for updates that are pending or that this backward will make, but also for those
+                that the coming optimizer step is expected to leave.
+        """
         for buffer in self.buffers:
-            if buffer.state is not None and (buffer.pending or buffer.context.updates_soon(buffer)):
+            if buffer.state is not None and (before_step or buffer.pending or buffer.context.updates_soon(buffer)):
                 buffer.state.prefetch()
 
     def expected(self) -> set[tuple[int, int]]:

@@ -227,6 +227,26 @@ def test_state_that_backward_updates_is_read_while_other_units_compute(prefetch:
     assert all(ahead) if prefetch else not any(ahead)
 
 
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_state_that_the_next_forward_updates_first_is_read_in_backward(prefetch: bool, tmp_path: Path) -> None:
+    where = Where("nvme", "nvme", prefetch=prefetch)
+    with session(ZOO["gpt"], tmp_path, where, "bf16-mixed", Recipe(accumulate=1)) as running:
+        trace, grown = traced(running, steps=4)
+    events = trace.events()
+    assert sum(e.nbytes for e in events if e.stage == "nvme_read") == grown["nvme_read_bytes"]
+    forwards = [e for e in events if e.stage == "step"]
+    ahead = []
+    for before, forward in itertools.pairwise(forwards):
+        first = next(e for e in events if e.stage == "update" and e.begin >= forward.begin)
+        backward = [e for e in events if e.stage == "backward" and ended(before) <= e.begin < forward.begin]
+        earlier = [e for e in events if e.stage == "update" and e.name == first.name and e.begin < first.begin]
+        since = max((ended(e) for e in earlier), default=0)
+        reads = [e for e in events if e.stage == "nvme_read" and e.name == f"{first.name}/state" and e.begin >= since]
+        ahead.append(min(e.begin for e in reads) < max(ended(e) for e in backward))
+    assert len(ahead) == 3
+    assert all(ahead) if prefetch else not any(ahead)
+
+
 def test_a_trace_changes_nothing(tmp_path: Path) -> None:
     results = []
     for on in (False, True):
