@@ -62,7 +62,7 @@ class Pager:
         self.early = EarlyUpdates(units, shared=context.comm is not None)
         self.close_wholes: Callable[[], None] = _nothing
         self._wanted: list[Unit] = []
-        self._updated: dict[Unit, None] = {}  # since the last backward, when they were needed; in that order
+        self._updated: dict[Unit, None] = {}  # since the last backward, for forward; in this order
         self._first: list[Unit] = []  # the same of the step before
         self._arriving: list[FlatBuffer] = []
         self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
@@ -166,7 +166,7 @@ class Pager:
 
     def _start(self, unit: Unit, keep: list[Unit]) -> None:
         """Start loading, evicting whatever has to go."""
-        if any(buffer.pending for buffer in unit.buffers):
+        if unit.index in self._live() and any(buffer.pending for buffer in unit.buffers):
             self._updated[unit] = None
         if unit.state in (UnitState.LOADING, UnitState.RESIDENT):
             return
