@@ -28,7 +28,7 @@ import torch.nn.functional as F  # noqa: N812
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "gpt"))
 from model import GPT
 
-from lightning_zinf import MemoryConfig, ZinfStrategy
+from lightning_zinf import MemoryConfig, OverlapConfig, ZinfStrategy
 from lightning_zinf.memory.machine import free_host_bytes
 from lightning_zinf.memory.planner import Machine, PlanOptions, Rates, Shape, make_plan, model_of
 from lightning_zinf.planning.measure import compute_rate, measure_machine
@@ -107,6 +107,7 @@ def measure(case: Case, steps: int, folder: str) -> list[float]:
         offload_optimizer=case.optimizer,  # type: ignore[arg-type]
         nvme_path=folder,
         memory=MemoryConfig(host_bytes=case.budget),
+        overlap=OverlapConfig(replan=False),  # what is predicted is the plan that a run begins with
     )
     data = torch.randint(256, ((steps + 3) * case.batch, case.seq + 1), generator=torch.Generator().manual_seed(0))
     module = Module(case)

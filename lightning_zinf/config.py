@@ -78,10 +78,13 @@ class OverlapConfig:
             else in the next forward just before the weights are used. ``forward``: always the latter, so that a step
             which fails in backward has changed no weight. ``step``: at once, in ``optimizer.step()`` (for debugging
             and comparison).
+        replan: Where ``memory.host_bytes`` is given and tiers are ``"auto"``, measure a few steps and plan once more
+            how much of the budget planes get and how much the memory that they pass through; results are the same.
     """
 
     prefetch: bool = True
     update: Literal["auto", "forward", "step"] = "auto"
+    replan: bool = True
 
     def __post_init__(self) -> None:
         if self.update not in ("auto", "forward", "step"):

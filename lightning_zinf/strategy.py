@@ -39,7 +39,6 @@ from lightning_zinf.engine.partition import describe_activations, engine_of, for
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
 from lightning_zinf.planning.report import memory_text
-from lightning_zinf.planning.store import save_plan
 from lightning_zinf.strategy_checkpoints import CheckpointsPart
 
 if TYPE_CHECKING:
@@ -286,7 +285,7 @@ class ZinfStrategyBody(CheckpointsPart):
             _compat.before_batches(trainer, self._between_batches)
             self.refuse_plugin()
             self._announce()
-            self._store_plan(trainer)
+            self._begin_plan()
 
     def model_to_device(self) -> None:
         """Move buffers and metrics; the engine moves the parameters."""
@@ -350,16 +349,11 @@ class ZinfStrategyBody(CheckpointsPart):
             + f"\n{memory_text(engine.plan)}"
         )
 
-    def _store_plan(self, trainer: "Trainer") -> None:
-        """Keep the plan with the run, where its logger keeps the rest."""
-        folder = None if trainer.logger is None or trainer.fast_dev_run else trainer.log_dir  # type: ignore[attr-defined]
-        if folder is not None and self.global_rank == 0:
-            save_plan(self.engine.plan, folder)
-
     # ------------------------------------------------------------------ steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's training step."""
+        self._follow_plan(args)
         with self.engine.frame("train") as outputs:
             outputs.append(super().training_step(*args, **kwargs))
         return outputs[-1]
@@ -388,6 +382,7 @@ class ZinfStrategyBody(CheckpointsPart):
         """Get the engine ready for whatever comes next."""
         self._release_signals()
         if self._engine is not None:
+            self._end_measuring()
             self._engine.reset()
             if self._engine.rounds is not None:
                 self._failed = True

@@ -24,10 +24,10 @@ from lightning_zinf.checkpoint.source import Averages, Checkpoint, ShardedStateD
 from lightning_zinf.config import CheckpointConfig
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optim.state_dict import optimizer_rest
-from lightning_zinf.strategy_ranks import RanksPart
+from lightning_zinf.strategy_plan import PlanPart
 
 
-class CheckpointsPart(RanksPart):
+class CheckpointsPart(PlanPart):
     """How the strategy saves and loads."""
 
     state_dict_type: str

@@ -32,6 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_zinf.config import PartitionConfig
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.recompute import RecomputedForward, Steps
+from lightning_zinf.engine.spans import span_of
 from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.activations import ActivationStore, Saved
 from lightning_zinf.memory.link import DeviceLink
@@ -136,7 +137,7 @@ class Offload:
             return Away(back, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         if self._in_backward() or (self._only_inputs and not self._saving_inputs):
             return None
-        start, stop = _span(tensor)
+        start, stop = span_of(tensor)
         if 2 * (stop - start) >= storage.nbytes():
             start, stop = 0, storage.nbytes()
         if stop - start < self._min_bytes or address in self._stays():
@@ -154,6 +155,10 @@ class Offload:
             itemsize = away.dtype.itemsize
             whole = found[: found.numel() // itemsize * itemsize].view(away.dtype)
             return whole.as_strided(away.size, away.stride, away.offset)
+
+    def look_again(self) -> None:
+        """Other storages than before may stay in memory anyhow."""
+        self._staying = None
 
     def forget(self) -> None:
         """Forget about storages that are no longer in the store."""
@@ -191,13 +196,6 @@ class Offload:
             saved = self.store.put(flat, tensor)
         self._known[key] = _Known.of(tensor, saved)
         return saved
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return the bytes of its storage that a tensor lies in."""
-    first = int(tensor.storage_offset())
-    last = first + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    return first * tensor.dtype.itemsize, (last + 1) * tensor.dtype.itemsize
 
 
 class Activations:

@@ -111,6 +111,26 @@ class EngineContext:
         """Whether anything lives on NVMe."""
         return self._nvme is not None or (self.activations is not None and self.activations.nvme is not None)
 
+    @property
+    def keeps_planes_on_nvme(self) -> bool:
+        """Whether there are files for planes."""
+        return self._nvme is not None
+
+    @property
+    def has_ring(self) -> bool:
+        """Whether there are slots on the device."""
+        return self._ring is not None
+
+    @property
+    def has_staging(self) -> bool:
+        """Whether there are slots on the host."""
+        return self._staging is not None
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether there is staging for state."""
+        return self._tiles is not None
+
     def install(
         self,
         *,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -10,16 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from lightning_zinf.comm.group import Ranks, sum_over_shards
+from lightning_zinf.engine.activations import staying_storages
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.hooks import Absent, Hooks
+from lightning_zinf.engine.profile import StepProfile
+from lightning_zinf.engine.speeds import SpeedProbe
 from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.placement import Placement
-from lightning_zinf.memory.planner import Plan
+from lightning_zinf.memory.planner import Kept, Plan
+from lightning_zinf.memory.planner.speeds import Speeds, may_choose
 from lightning_zinf.optim.update import Update
 from lightning_zinf.parameters import owner_of
 
 if TYPE_CHECKING:
     from lightning_zinf.config import PartitionConfig
+
+
+_SPEEDS = struct.Struct("<6d")
+
+
+def _numbers(speeds: Speeds | None) -> tuple[float, ...]:
+    if speeds is None:
+        return (0.0,) * 6
+    rates = (speeds.nvme_read, speeds.nvme_write, speeds.nvme_mixed)
+    return (1.0, speeds.compute_seconds, speeds.update_seconds, *(rate or 0.0 for rate in rates))
 
 
 class Engine(Hooks):
@@ -31,6 +47,12 @@ class Engine(Hooks):
     placement: Placement
     plan: Plan
     config: PartitionConfig
+    probe: SpeedProbe | None = None
+    """Measures speeds, for a few steps of a run."""
+    given_back = 0
+    """Bytes of host memory that the model took before it was partitioned, which the plan's machine has not as free."""
+    between_steps = False
+    """Whether no backward has run since the last optimizer step."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """Stay the one engine: a copied module's hooks lead here, where the copy is unknown."""
@@ -40,8 +62,93 @@ class Engine(Hooks):
         """Leave a stand-in in the pickle of a module, whose hooks do nothing."""
         return Absent, ()
 
+    # ------------------------------------------------------------------ the plan
+
+    def measure(self) -> None:
+        """Have the next training step measured, see ``profile.py``."""
+
+        def computing() -> int:
+            return self._frames[-1].needs[0].index if self._frames and self._frames[-1].needs else len(self.units) - 1
+
+        staying = functools.partial(staying_storages, self.root, self.units)
+        self.profile = StepProfile(self.context.device, computing, staying)
+
+    def measured(self, samples: int) -> Kept | None:
+        """Return what a training step has kept for backward on the rank that kept most; None if none has ended yet.
+
+        With several ranks, all of them must call it. Once there is something, measuring is over.
+
+        Args:
+            samples: Samples of its micro-batch.
+        """
+        profile = self.profile
+        assert profile is not None
+        count, seen = len(self.units), profile.seen
+        saved = [profile.saved.get(i, 0) for i in range(count)]
+        saved[-1] += profile.saved.get(-1, 0)  # what could not be told apart is the root's
+        staying = [profile.staying.get(i, 0) for i in range(count)]
+        device = self.context.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        mine = [samples if seen else 0, int(-1 in profile.saved), peak, *saved, *staying]
+        form = f"<{len(mine)}q"
+        told = [struct.pack(form, *mine)]
+        if self.rounds is not None:
+            told = self.rounds.meet("what the first step kept for backward", told[0])
+        most = [max(column) for column in zip(*(struct.unpack(form, t) for t in told), strict=True)]
+        if not most[0]:
+            return None
+        self.stop_measuring()
+        names = [u.name for u in self.units]
+        return Kept(
+            dict(zip(names, most[3 : count + 3], strict=True)),
+            dict(zip(names, most[count + 3 :], strict=True)),
+            samples=most[0],
+            grown=bool(most[1]),
+            device_peak=most[2],
+        )
+
+    def stop_measuring(self) -> None:
+        """Measure no more of what is kept for backward."""
+        self.profile = self._net.profile = None
+
+    def probe_speeds(self) -> None:
+        """Have speeds measured in some of the coming steps, if there is anything that they decide."""
+        if self.config.overlap.replan and may_choose(self.plan):
+            self.probe = SpeedProbe(self.counters)
+
+    def probed(self) -> Speeds | None:
+        """Return the speeds once they have been measured: the lowest of all ranks.
+
+        While there is a probe, all ranks must call it before every training step.
+        """
+        if self.probe is None or not self.between_steps:
+            return None
+        speeds = self.probe.between_steps()
+        if not self.probe.due:
+            return None
+        self.probe = None
+        told = [_SPEEDS.pack(*_numbers(speeds))]
+        if self.rounds is not None:
+            told = self.rounds.meet("speeds that were measured", told[0])
+        everyone = [_SPEEDS.unpack(t) for t in told]
+        if not all(measured for measured, *_ in everyone):
+            return None
+        _, compute, update, *rates = zip(*everyone, strict=True)
+        return Speeds(max(compute), max(update), *(min(rate) or None for rate in rates))
+
+    def stop_probing(self) -> None:
+        """Measure no more speeds."""
+        if self.probe is not None:
+            self.probe.stop()
+        self.probe = None
+
+    # ------------------------------------------------------------------ steps
+
     def before_backward(self) -> None:
         """Make room for the gradients of a backward that is about to start."""
+        self.between_steps = False
+        if self.profile is not None:
+            self.profile.forward_ended()
         self.pager.gather(self._flipping)
         for unit in self.units:
             for buffer in unit.buffers:
@@ -60,6 +167,8 @@ class Engine(Hooks):
         Raises:
             RuntimeError: If a gradient went past the tiles of a parameter.
         """
+        if self.profile is not None and not failed:
+            self.profile.backward_ended()
         if self._backward_nets:
             self._backward_nets -= 1
             self._net.exit()
@@ -150,6 +259,7 @@ class Engine(Hooks):
 
     def stepped(self) -> None:
         """An optimizer step is complete: start to fetch what the next training step begins with."""
+        self.between_steps = True
         self.pager.arrive()
         if self.config.overlap.update == "step":
             self.pager.flush()

@@ -41,6 +41,7 @@ from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.gradients import Gradients
 from lightning_zinf.engine.net import SavedTensorNet
 from lightning_zinf.engine.pager import Pager
+from lightning_zinf.engine.profile import StepProfile
 from lightning_zinf.engine.reduction import Reducer
 from lightning_zinf.engine.snapshot import Saving
 from lightning_zinf.engine.units import Unit
@@ -164,10 +165,8 @@ class Hooks:
         self._net = SavedTensorNet(self.pager)
         self._sums_squares = False
         self._unsummed: list[Gradients] = []
-        self._needs_net = any(not u.persistent for u in units)
-        self._any_moves = any(u.moves for u in units)
-        self._any_flips = any(u.flips for u in units)
-        self._flipping = [u for u in units if u.flips and not u.moves]
+        self.profile: StepProfile | None = None
+        self._look_at_units()
         self._handles: list[Any] = []
         self.activations: Activations | None = None
         context.fault = self._on_fault
@@ -202,6 +201,25 @@ class Hooks:
         self.activations = Activations(modules, self, self._net.offload)
 
     # ------------------------------------------------------------------ hooks
+
+    def _look_at_units(self) -> None:
+        """See what has to be done for the units as their planes rest now."""
+        self._needs_net = any(not u.persistent for u in self.units) or self._net.offload is not None
+        self._any_moves = any(u.moves for u in self.units)
+        self._any_flips = any(u.flips for u in self.units)
+        self._flipping = [u for u in self.units if u.flips and not u.moves]
+
+    def rewire(self) -> None:
+        """Planes of some units rest elsewhere now: hook what has to be hooked for that; call it between steps."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._sums_squares = False  # those hooks are gone too, and come back when sums are next wanted
+        self._needs.clear()
+        self._look_at_units()
+        if self._net.offload is not None:
+            self._net.offload.look_again()
+        self._install_hooks()
 
     def _install_hooks(self) -> None:
         self._needs[self.root] = [self.units[-1]]
@@ -294,6 +312,9 @@ class Hooks:
         with span(self.counters, "step", kind):
             try:
                 self._push(self.root, None)
+                if self.profile is not None and kind == "train":
+                    self._net.profile = self.profile
+                    self.profile.begin(hooked=self._frames[0].net)
                 yield outputs
                 self._pop(outputs)
             except BaseException:

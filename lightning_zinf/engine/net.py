@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.engine.activations import Away, Offload
+from lightning_zinf.engine.profile import StepProfile
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -76,11 +77,13 @@ class SavedTensorNet:
 
     Attributes:
         offload: Brings away what is worth it, if anything.
+        profile: Is told of what is saved, while a step is measured.
     """
 
     def __init__(self, pager: Pager) -> None:
         self._pager = pager
         self.offload: Offload | None = None
+        self.profile: StepProfile | None = None
         self._open: list[Any] = []
 
     def enter(self) -> None:
@@ -94,6 +97,8 @@ class SavedTensorNet:
                     buffer, buffer.version, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype
                 )
             away = None if self.offload is None else self.offload.pack(tensor)
+            if self.profile is not None:
+                self.profile.saw(tensor, away=away is not None)
             if away is not None:
                 return away
             return _Kept(tensor, tensor._version) if outer is None else _Foreign(outer[0](tensor), outer[1])

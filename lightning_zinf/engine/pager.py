@@ -67,13 +67,32 @@ class Pager:
         self._arriving: list[FlatBuffer] = []
         self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
         self._by_storage: dict[int, FlatBuffer] = {}
-        self._any_moves = any(u.moves for u in units)
+        self._moving: set[int] = set()
         for unit in units:
-            if not unit.moves and not unit.flips:
-                unit.state = UnitState.RESIDENT  # for good
-            for buffer in unit.buffers:
-                if buffer.persistent and buffer.deferred:
-                    self._by_storage[buffer.storage_key()] = buffer
+            self.admit(unit)
+
+    @property
+    def _any_moves(self) -> bool:
+        return bool(self._moving)
+
+    def admit(self, unit: Unit) -> None:
+        """Take in a unit whose planes are where they rest."""
+        unit.state = UnitState.RELEASED
+        if unit.moves:
+            self._moving.add(unit.index)
+        elif not unit.flips:
+            unit.state = UnitState.RESIDENT  # for good
+        for buffer in unit.buffers:
+            if buffer.persistent and buffer.deferred:
+                self._by_storage[buffer.storage_key()] = buffer
+
+    def expel(self, unit: Unit) -> None:
+        """Forget where a unit's planes are, which are about to move; nothing of it may be pending."""
+        self.held.pop(unit, None)
+        self._moving.discard(unit.index)
+        for buffer in unit.buffers:
+            if buffer.persistent:
+                self._by_storage.pop(buffer.storage_key(), None)
 
     def unit_of(self, param: nn.Parameter) -> tuple[Unit, FlatBuffer, int] | None:
         """Return where a parameter lives, or None if it is not of these units."""

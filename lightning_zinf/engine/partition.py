@@ -19,18 +19,15 @@ from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.drafts import COMPUTE_DTYPES, Draft, check_parameters, describe_model, draft_buffers
 from lightning_zinf.engine.engine import Engine
+from lightning_zinf.engine.placing import give_weights, make_rings, settle
 from lightning_zinf.engine.recompute import modules_to_recompute
-from lightning_zinf.engine.residence import AliasedWeights, DeviceWeights
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
 from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes, stack_bytes
-from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.placement import tile_limit
 from lightning_zinf.memory.planner import Decision, Machine, Plan, PlanOptions, Rates, make_plan
 from lightning_zinf.memory.planner.residency import reduce_bytes
-from lightning_zinf.memory.slots import Slot, SlotRing
 from lightning_zinf.memory.state import plane_dtype
-from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
 from lightning_zinf.tiling.parameter import TiledParameter
 from lightning_zinf.tiling.plan import plan_tiles
@@ -98,7 +95,8 @@ def partition(
     drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
     model = describe_model(drafts, type(root).__name__)
     plan = make_plan(model, _machine(config, free, comm, aliased=cpu), options_of(config))
-    _refuse_what_does_not_fit(plan, _present_bytes(root, config.device), training=bool(trained_ids))
+    present = _present_bytes(root, config.device)
+    _refuse_what_does_not_fit(plan, present, training=bool(trained_ids))
     decision = plan.decision
     context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
     builder = _Builder(config, context, decision, drafts, tiled)
@@ -117,6 +115,7 @@ def partition(
     if recomputed or store is not None:
         engine.handle_activations(recomputed, store, config.memory.activation_min_bytes)
     engine.placement, engine.config, engine.plan = decision.where, config, plan
+    engine.given_back = present if cpu else 0
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
 
@@ -212,6 +211,8 @@ def options_of(config: PartitionConfig) -> PlanOptions:
         host_bytes=config.memory.host_bytes,
         device_bytes=config.memory.device_bytes,
         tile_numel=config.io.tile_numel,
+        recompute=bool(config.activation_checkpointing),
+        offload_activations=config.offload_activations,
     )
 
 
@@ -243,11 +244,6 @@ class _Builder:
         tiers = zip(decision.params, decision.optimizer, strict=True)
         self._tiers = {id(plan): both for plan, both in zip(plans, tiers, strict=True)}
 
-    def _paged(self, tier: Tier) -> bool:
-        """Whether weights that rest there are gathered into slots."""
-        aliased, sharded = self._context.aliased, self._context.shards > 1 and self._config.stage == 3
-        return tier == "nvme" or (tier == "host" and not aliased) or sharded
-
     def _tiers_of(self, draft: Draft) -> tuple[Tier, Tier]:
         """Return where a buffer's weights rest, and its state."""
         params, optimizer = self._tiers[id(draft.plan)]
@@ -255,18 +251,7 @@ class _Builder:
 
     def install(self) -> None:
         """Make the rings that were decided on, and reserve the room on NVMe."""
-        config, context, decision = self._config, self._context, self._decision
-        if decision.moves:
-            store = NvmeStore(config.nvme_paths, config.io, context.counters)
-            context.install(nvme=store)
-            tiles = decision.tiles
-            ring = TileRing(tiles.count, tiles.numel, tiles.width, context.allocate_host, context.counters)
-            context.install(tiles=ring)
-            store.reserve(decision.on_nvme)
-        if decision.slots:
-            context.install(ring=SlotRing(decision.slots, context.allocate_device, context.counters))
-        if decision.staging:
-            context.install(staging=SlotRing(decision.staging, context.allocate_host, context.counters, "staging"))
+        make_rings(self._config, self._context, self._decision, self._decision.on_nvme)
 
     def build(self, plans: Sequence[UnitPlan]) -> list[Unit]:
         """Build every unit, the root's last."""
@@ -319,21 +304,7 @@ class _Builder:
 
     def _settle(self, buffer: FlatBuffer, values: Tensor) -> None:
         """Put the weights where they rest, and bind or release the parameters."""
-        context, tier = self._context, buffer.params_tier
-        aliased, paged = context.aliased, self._paged(buffer.params_tier)
-        nvme = context.nvme.allocate(buffer.shard_bytes, f"{buffer.name}/weight") if tier == "nvme" else None
-        slot = None if paged else Slot(context.allocate_device(buffer.weight_bytes))
-        home = None
-        if paged and (tier == "device" or (aliased and nvme is None)):
-            home = context.allocate_device(buffer.shard_bytes).view(buffer.compute_dtype)
-        if aliased:
-            buffer.weights = AliasedWeights(buffer, slot, nvme, home)
-        else:
-            stays = slot is not None or home is not None
-            keeps_copy = tier == "host" or (stays and not buffer.on_device)
-            plane = context.allocate_host(buffer.shard_bytes).view(buffer.compute_dtype) if keeps_copy else None
-            buffer.weights = DeviceWeights(buffer, slot, plane, nvme, home)
-        buffer.weights.claim()
+        give_weights(buffer)
         if buffer.view_dtype == torch.float32 and buffer.split:
             buffer.write_master(values)
         elif buffer.split:
@@ -341,9 +312,7 @@ class _Builder:
         else:
             buffer.weights.flat().copy_(values)
             buffer.weights.store()
-        buffer.bind()
-        if paged or buffer.flips:
-            buffer.unbind()
+        settle(buffer)
 
 
 def residency(engine: Engine) -> list[tuple[str, str, int]]:

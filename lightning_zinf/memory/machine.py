@@ -97,3 +97,11 @@ def _rlimit() -> list[int]:
     except (ImportError, OSError):
         pass
     return []
+
+
+def process_bytes() -> int:
+    """Return the bytes of memory that this process has pages of; 0 where that cannot be told."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -171,6 +171,11 @@ class SlotRing:
         self.budget = min(self.budget, budget)
         self._make_room(0)
 
+    def resize(self, budget: int) -> None:
+        """Set the budget, and give free slots back until the rest fits."""
+        self.budget = budget
+        self._make_room(0)
+
     def drain(self) -> None:
         """Wait for every write under way."""
         for slot in self._slots:

@@ -180,6 +180,16 @@ class NvmeState:
         for plane, value in kept.items():
             self.write(plane, value)
 
+    def cut_anew(self) -> None:
+        """Have records as long as the staging ring's tiles are now; takes memory for all planes meanwhile."""
+        ranges = tile_ranges(self.numel, self._ring.numel_of(self._width))
+        if ranges == self._ranges:
+            return
+        kept = {plane: self.read(plane) for plane in self.planes}
+        self._ranges = ranges
+        for plane, value in kept.items():
+            self.write(plane, value)
+
     def prefetch(self) -> None:
         """Start to read as many tiles as the staging ring has room for."""
         self._ring.want(self)

@@ -56,15 +56,35 @@ class TileRing:
         self, count: int, tile_numel: int, width: int, allocate: Callable[[int], Tensor], counters: Counters
     ) -> None:
         assert count >= 2, count
-        self.tile_numel = tile_numel
         self._counters = counters
-        self._free = [Tile(allocate(tile_numel * width)) for _ in range(count)]
+        self._allocate = allocate
+        self._free: list[Tile] = []
         self._ahead: dict[tuple[int, int], Tile] = {}
         self._queue: list[tuple[NvmeState, int]] = []
         self._writing: list[Tile] = []
+        self._make(count, tile_numel, width)
+
+    def _make(self, count: int, tile_numel: int, width: int) -> None:
+        self.tile_numel = tile_numel
         self.nbytes = count * tile_numel * width
         self._count = count
         self._tile_bytes = tile_numel * width
+        self._free = [Tile(self._allocate(self._tile_bytes)) for _ in range(count)]
+
+    def resize(self, count: int, tile_numel: int, width: int) -> None:
+        """Have other tiles; state that was cut for the old ones has to be cut anew before it is used.
+
+        Args:
+            count: Number of tiles.
+            tile_numel: Elements a tile has room for.
+            width: Bytes of all planes of one element.
+        """
+        if (count, tile_numel, tile_numel * width) == (self._count, self.tile_numel, self._tile_bytes):
+            return
+        self.drain()
+        assert len(self._free) == self._count, "a tile is in use"
+        self._free.clear()  # before others are allocated
+        self._make(count, tile_numel, width)
 
     def numel_of(self, width: int) -> int:
         """Return how many elements of ``width`` bytes a tile is cut for.

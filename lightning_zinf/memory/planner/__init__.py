@@ -4,16 +4,18 @@ Pure arithmetic on plain data: no torch, no torch.distributed, no files. ``make_
 """
 
 from lightning_zinf.memory.planner.decide import Decision, decide
+from lightning_zinf.memory.planner.kept import Kept
 from lightning_zinf.memory.planner.machine import Machine, Rates
 from lightning_zinf.memory.planner.model import BufferSpec, ModelSpec, UnitSpec
 from lightning_zinf.memory.planner.options import PlanOptions
-from lightning_zinf.memory.planner.plan import Plan, make_plan
+from lightning_zinf.memory.planner.plan import Plan, complete, make_plan
 from lightning_zinf.memory.planner.residency import Sizes
 from lightning_zinf.memory.planner.transformer import Shape, model_of
 
 __all__ = [
     "BufferSpec",
     "Decision",
+    "Kept",
     "Machine",
     "ModelSpec",
     "Plan",
@@ -22,6 +24,7 @@ __all__ = [
     "Shape",
     "Sizes",
     "UnitSpec",
+    "complete",
     "decide",
     "make_plan",
     "model_of",

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 
 from lightning_zinf.config import Tier
 from lightning_zinf.memory.placement import ModelSize, Placement, place, room, slot_budget, tile_count
+from lightning_zinf.memory.planner.kept import reserved
 from lightning_zinf.memory.planner.model import ModelSpec
 from lightning_zinf.memory.planner.options import PlanOptions
 from lightning_zinf.memory.planner.residency import Resident, Sizes, under_way
 from lightning_zinf.memory.residency import UnitSize, keep_in_memory
 
+RINGS = 0.5
+"""Share of a budget that planes pass through, unless speeds say otherwise (``speeds.py``)."""
 _SMALLEST_TILE = 4096
 """Elements: so many of any plane are a multiple of what a disk reads at once."""
 
@@ -55,6 +58,7 @@ class Decision:
         slots: Bytes of slots for gathered weights, on the device; 0 if weights stay in place.
         staging: Bytes of slots in host memory between NVMe and an accelerator.
         tiles: Staging for state, in host memory.
+        rings: Most of a budget for planes and what they pass through that the latter took, as a share.
     """
 
     where: Placement
@@ -64,6 +68,7 @@ class Decision:
     slots: int = 0
     staging: int = 0
     tiles: Tiles = Tiles()
+    rings: float = RINGS
 
     @property
     def on_nvme(self) -> int:
@@ -77,7 +82,14 @@ class Decision:
 
 
 def decide(
-    model: ModelSpec, sizes: Sizes, options: PlanOptions, *, free_host: int, free_device: int, aliased: bool
+    model: ModelSpec,
+    sizes: Sizes,
+    options: PlanOptions,
+    *,
+    free_host: int,
+    free_device: int,
+    aliased: bool,
+    rings: float = RINGS,
 ) -> Decision:
     """Decide where everything rests.
 
@@ -88,17 +100,27 @@ def decide(
         free_host: Free bytes of host memory for one rank.
         free_device: Free bytes of its accelerator; the same if that is the CPU.
         aliased: Whether the accelerator is the CPU.
+        rings: Share of ``memory.host_bytes`` that pages may pass through where the rest is for planes; no less than
+            they need.
 
     Raises:
         ValueError: If the budgets cannot hold what is needed at once, or the options contradict each other.
     """
-    return _Decider(model, sizes, options, free_host, free_device, aliased).decide()
+    return _Decider(model, sizes, options, free_host, free_device, aliased, rings).decide()
 
 
 class _Decider:
     def __init__(
-        self, model: ModelSpec, sizes: Sizes, options: PlanOptions, free_host: int, free_device: int, aliased: bool
+        self,
+        model: ModelSpec,
+        sizes: Sizes,
+        options: PlanOptions,
+        free_host: int,
+        free_device: int,
+        aliased: bool,
+        rings: float,
     ) -> None:
+        self.rings = rings
         self.model = model
         self.sizes = sizes
         self.options = options
@@ -108,7 +130,10 @@ class _Decider:
         self.size: ModelSize = sizes.summary(model)
         self.params_option = options.offload_params if options.stage == 3 else "none"
         self.auto = "auto" in (self.params_option, options.offload_optimizer)
-        self.room = room(free_host, options.host_bytes)
+        self.taken = reserved(model, options, aliased=aliased)
+        if model.profiled:
+            self.taken["host"] += self._beside()
+        self.room = self._left(free_host, options.host_bytes, "host")
 
     def decide(self) -> Decision:
         options, size = self.options, self.size
@@ -117,7 +142,7 @@ class _Decider:
             size,
             self.params_option,
             options.offload_optimizer,
-            device_room=room(self.free_device, device_asked),
+            device_room=self._left(self.free_device, device_asked, "host" if self.aliased else "device"),
             host_room=self.room,
             cpu=self.aliased,
         )
@@ -128,17 +153,35 @@ class _Decider:
             tiles = self._tiles(where, asked)
             asked = None if asked is None else max(0, asked - tiles.nbytes)
             taken = size.gradients + tiles.nbytes + (0 if where.optimizer == "nvme" else size.state)
+            if self.model.profiled and self.aliased:  # else the share that "auto" leaves has room for them
+                taken += self._slots(where, asked)[0]
             if self.params_option == "auto" and self._in_host_memory(where.params) and taken + size.weights > self.room:
                 where = Placement("nvme", where.optimizer)  # as a whole; units that fit stay
         slots, staging = self._slots(where, asked)
         left = self.room - size.gradients - tiles.nbytes - staging - (slots if self.aliased else 0)
-        on_device = room(self.free_device, options.device_bytes) - slots
+        on_device = self._left(self.free_device, options.device_bytes, "device") - slots
         on_device -= max(
             under_way(self.sizes.buffers, size, self.sizes.world_size, aliased=self.aliased), size.largest_unit
         )
         params, optimizer = self._units(where, left, on_device)
         buffers = self.sizes.on(params, optimizer)
-        return Decision(where, params, optimizer, buffers, slots, staging, tiles)
+        return Decision(where, params, optimizer, buffers, slots, staging, tiles, self.rings)
+
+    def _left(self, free: int, asked: int | None, tier: Tier) -> int:
+        """Return the bytes that planes may take: what "auto" may, if measured activations leave that much."""
+        return min(room(free, asked), max(0, free - self.taken[tier]))
+
+    def _beside(self) -> int:
+        """Return what takes host memory beside planes, gradients as they come, and rings (see ``peaks.py``).
+
+        A plan that is made before a run leaves it to the share of memory that "auto" does not take.
+        """
+        sizes, nbytes = self.sizes, 0
+        if self.aliased:
+            nbytes += under_way(sizes.buffers, self.size, sizes.world_size, aliased=True)
+        if self.options.accumulate > 1 and sizes.world_size == 1:  # sums of several backwards are float32
+            nbytes += sum(4 * b.elements for b in sizes.buffers if b.spec.learns and b.spec.weight_bytes < 4)
+        return nbytes
 
     def _in_host_memory(self, tier: Tier) -> bool:
         return tier == "host" or (tier == "device" and self.aliased)
@@ -150,7 +193,7 @@ class _Decider:
             return asked
         slots = size.largest_unit + size.root_unit
         least = slots + 2 * _SMALLEST_TILE * self._width()
-        return min(asked, max(asked // 2, least, -(-3 * slots // 2)))
+        return min(asked, max(int(self.rings * asked), least, -(-3 * slots // 2)))
 
     def _width(self) -> int:
         """Return the bytes of state of an element, where they are the most."""

@@ -73,6 +73,7 @@ class UnitSpec:
         flops: Floating-point operations of the forward of one sample.
         saved_bytes: Bytes of activations that one sample leaves for backward.
         input_bytes: Bytes of its input for one sample: all that is left for backward if it is recomputed.
+        staying_bytes: Of what is left, bytes that stay on the device also where activations are offloaded.
         block: Whether it is a block, or part of one, so that recomputation computes it twice.
         gathers: Times that a micro-batch gathers it: for forward and for backward, and once more for each further use.
     """
@@ -82,6 +83,7 @@ class UnitSpec:
     flops: float = 0.0
     saved_bytes: float = 0.0
     input_bytes: float = 0.0
+    staying_bytes: float = 0.0
     block: bool = False
     gathers: int = 2
 
@@ -100,12 +102,14 @@ class ModelSpec:
         units: Its units; the one named "" is there throughout a step.
         tokens: Tokens of a sample; 1 where samples have none.
         measured: Whether ``saved_bytes`` are known; if not, plans say that activations are not counted.
+        profiled: Whether they are what a training step was seen to keep, with recomputation if it had any.
     """
 
     name: str
     units: tuple[UnitSpec, ...]
     tokens: int = 1
     measured: bool = True
+    profiled: bool = False
 
     @property
     def numel(self) -> int:

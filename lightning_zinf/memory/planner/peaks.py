@@ -8,8 +8,9 @@ from typing import Protocol
 from lightning_zinf.config import Tier
 from lightning_zinf.memory.placement import ModelSize
 from lightning_zinf.memory.planner.decide import Decision
+from lightning_zinf.memory.planner.kept import activations
 from lightning_zinf.memory.planner.machine import Machine
-from lightning_zinf.memory.planner.model import ModelSpec, UnitSpec
+from lightning_zinf.memory.planner.model import ModelSpec
 from lightning_zinf.memory.planner.options import PlanOptions
 from lightning_zinf.memory.planner.residency import under_way
 
@@ -56,7 +57,8 @@ def items(
     add("slots for gathered weights", "device", decision.slots)
     add("staging for weights", "host", decision.staging)
     add("staging for state", "host", decision.tiles.nbytes)
-    _activations(add, model, options)
+    for what, tier, nbytes_kept in activations(model, options):
+        add(what, tier, nbytes_kept)
     return [Item(what, tier, nbytes) for (what, tier), nbytes in found.items()]
 
 
@@ -89,18 +91,3 @@ def _gradients(add: _Add, decision: Decision, size: ModelSize, machine: Machine,
     if options.stage == 1 and world_size > 1:
         add("gradients of this rank", "device", sum(b.whole_bytes for b in decision.buffers if b.spec.learns))
     add("gradients under way", "device", under_way(decision.buffers, size, world_size, aliased=machine.aliased))
-
-
-def _activations(add: _Add, model: ModelSpec, options: PlanOptions) -> None:
-    """Count what waits for backward where it waits, and of what is elsewhere the largest unit's while it is used."""
-    tiers: dict[str, Tier] = {"none": "device", "cpu": "host", "nvme": "nvme"}
-    where, batch = tiers[options.offload_activations], options.batch
-    name = "inputs of recomputed units" if options.recompute else "activations"
-    add(name, where, batch * sum(kept_bytes(u, recompute=options.recompute) for u in model.units))
-    if options.recompute or where != "device":
-        add("activations of a unit", "device", batch * max((u.saved_bytes for u in model.units), default=0))
-
-
-def kept_bytes(unit: UnitSpec, *, recompute: bool) -> float:
-    """Return the bytes that a unit keeps of a sample for backward: its input if it is recomputed, else all."""
-    return unit.input_bytes if recompute and unit.block else unit.saved_bytes

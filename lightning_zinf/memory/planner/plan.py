@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning_zinf.config import Tier
 from lightning_zinf.memory.placement import ModelSize
-from lightning_zinf.memory.planner.decide import Decision, decide
+from lightning_zinf.memory.planner.decide import RINGS, Decision, decide
+from lightning_zinf.memory.planner.kept import Kept, leaving_bytes, with_kept
 from lightning_zinf.memory.planner.machine import Machine, Rates
 from lightning_zinf.memory.planner.model import ModelSpec, UnitSpec
 from lightning_zinf.memory.planner.options import PlanOptions, When
-from lightning_zinf.memory.planner.peaks import Item, items, kept_bytes
+from lightning_zinf.memory.planner.peaks import Item, items
 from lightning_zinf.memory.planner.residency import Resident, Sizes, held_in_memory, least_moved
 from lightning_zinf.memory.planner.schedule import Prediction, Setting, UnitLoad, predict
 from lightning_zinf.memory.planner.traffic import (
@@ -119,6 +120,19 @@ class Plan:
             for plane, tier, nbytes in b.planes()
         ]
 
+    def measured(self) -> dict[str, Any] | None:
+        """Return what a micro-batch was measured to keep for backward, as plain data; None if it was not."""
+        if not self.model.profiled:
+            return None
+        batch = self.options.batch
+        return {
+            "samples": batch,
+            "units": [
+                {"unit": u.name, "saved": round(u.saved_bytes * batch), "staying": round(u.staying_bytes * batch)}
+                for u in self.model.units
+            ],
+        }
+
     def told(self) -> dict[str, Any]:
         """Return it as plain data, for JSON."""
         rates = {k: v for k, v in asdict(self.machine.rates).items() if v is not None}
@@ -130,6 +144,12 @@ class Plan:
             "fits": self.fits,
             "problem": self.problem,
             "placement": asdict(self.decision.where),
+            "rings": {
+                "share": self.decision.rings,
+                "slots": self.decision.slots,
+                "staging": self.decision.staging,
+                "tiles": self.decision.tiles.nbytes,
+            },
             "tiers": [{**asdict(t), "fits": t.fits} for t in self.tiers],
             "items": [asdict(i) for i in self.items],
             "residency": [
@@ -139,6 +159,7 @@ class Plan:
             "traffic": self.traffic.told(),
             "nvme_least_bytes": self.nvme_least,
             "activations_counted": self.model.measured,
+            "activations_measured": self.measured(),
             "tokens": self.tokens,
             "step": None
             if self.prediction is None
@@ -151,13 +172,21 @@ class Plan:
         }
 
 
-def make_plan(model: ModelSpec, machine: Machine, options: PlanOptions | None = None) -> Plan:
+def make_plan(
+    model: ModelSpec,
+    machine: Machine,
+    options: PlanOptions | None = None,
+    decision: Decision | None = None,
+    rings: float = RINGS,
+) -> Plan:
     """Plan the training of a model on a machine.
 
     Args:
         model: The model, in the precision that it is trained in.
         machine: The machine; all of its ranks share the model.
         options: The user's choices.
+        decision: Where everything rests, if that has been decided.
+        rings: Share of a budget that pages may pass through; see ``decide``.
     """
     options = options or PlanOptions()
     world = machine.world_size
@@ -166,7 +195,16 @@ def make_plan(model: ModelSpec, machine: Machine, options: PlanOptions | None = 
     device = host if machine.aliased else machine.device_bytes
     problem = None
     try:
-        decision = decide(model, sizes, options, free_host=host, free_device=device, aliased=machine.aliased)
+        if decision is None:
+            decision = decide(
+                model,
+                sizes,
+                options,
+                free_host=host,
+                free_device=device,
+                aliased=machine.aliased,
+                rings=rings,
+            )
     except ValueError as error:  # shown in the plan, with what would take memory if there were enough
         problem = str(error)
         large = replace(options, host_bytes=None, device_bytes=None)
@@ -182,11 +220,40 @@ def make_plan(model: ModelSpec, machine: Machine, options: PlanOptions | None = 
         accumulate=options.accumulate,
     )
     for unit in model.units:
-        traffic += times(_leaves(unit, machine, options), options.accumulate)
+        traffic += times(_leaves(model, unit, machine, options), options.accumulate)
     plan = Plan(model, machine, options, size, decision, listed, traffic, None, problem)
     if machine.rates == Rates():
         return plan
     return replace(plan, prediction=predict(*schedule_of(plan)))
+
+
+def complete(plan: Plan, kept: Kept, *, accumulate: int, clip: bool, given_back: int = 0) -> Plan:
+    """Return a plan with the activations that its first training step was measured to keep.
+
+    What rests where stays as it is, unless memory is short then and planes of which the user has not said where they
+    are to be can make room; see Note [Measured activations].
+
+    Args:
+        plan: The plan that the run was set up by.
+        kept: What was measured.
+        accumulate: Micro-batches of a step.
+        clip: Whether gradients are clipped by their norm.
+        given_back: Bytes of host memory of a rank that were taken when the plan was made, and are free since.
+    """
+    host = plan.machine.host_bytes + given_back * plan.machine.ranks_per_node
+    machine = replace(plan.machine, host_bytes=host)
+    model = with_kept(plan.model, kept)
+    options = replace(plan.options, batch=max(1, kept.samples), accumulate=accumulate, clip=clip)
+    same = make_plan(model, machine, options, plan.decision)
+    if not shortage(same):
+        return same
+    other = make_plan(model, machine, options)
+    return other if other.problem is None and shortage(other) < shortage(same) else same
+
+
+def shortage(plan: Plan) -> int:
+    """Return the bytes of memory that are missing. Free disk does not count: each rank sees another amount of it."""
+    return sum(max(0, tier.needed - tier.available) for tier in plan.tiers if tier.tier != "nvme")
 
 
 # ---------------------------------------------------------------------- time
@@ -228,9 +295,9 @@ def schedule_of(plan: Plan) -> tuple[list[UnitLoad], Setting]:
     return loads, setting
 
 
-def _leaves(unit: UnitSpec, machine: Machine, options: PlanOptions) -> Traffic:
+def _leaves(model: ModelSpec, unit: UnitSpec, machine: Machine, options: PlanOptions) -> Traffic:
     """Return what a unit's activations move between the forward and the backward of a micro-batch."""
-    nbytes = options.batch * kept_bytes(unit, recompute=options.recompute)
+    nbytes = leaving_bytes(model, unit, options)
     return activation_traffic(nbytes, options.offload_activations, aliased=machine.aliased)
 
 
@@ -254,7 +321,7 @@ def _load(plan: Plan, index: int, buffers: Sequence[Resident]) -> UnitLoad:
         gather,
         gradient,
         after,
-        leaves=_leaves(unit, machine, options),
+        leaves=_leaves(plan.model, unit, machine, options),
         forward_seconds=forward,
         backward_seconds=forward * (3 if options.recompute and unit.block else 2),
         update_seconds=kernel / rates.adam if rates.adam else 0.0,

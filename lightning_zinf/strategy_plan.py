@@ -1,0 +1,118 @@
+"""The strategy's plan: stored with the run, and completed by what its first training step keeps for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_zinf.engine.placing import move
+from lightning_zinf.memory.planner import Plan, complete
+from lightning_zinf.memory.planner.speeds import Speeds, best_rings, with_speeds
+from lightning_zinf.planning.report import duration, human, memory_text, refusal
+from lightning_zinf.planning.store import save_plan
+from lightning_zinf.strategy_ranks import RanksPart
+
+
+class PlanPart(RanksPart):
+    """What the strategy does with its plan while it trains."""
+
+    _next_plan: Plan | None = None
+    _samples = 1
+
+    def _begin_plan(self) -> None:
+        """Keep the plan with the run, and have the first training step measured."""
+        self._next_plan = None
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        self._store_plan()
+        if not trainer.fast_dev_run and not self.engine.plan.model.profiled:  # type: ignore[attr-defined]
+            self.engine.measure()
+        if not trainer.fast_dev_run and self.engine.plan.prediction is None:  # type: ignore[attr-defined]
+            self.engine.probe_speeds()
+
+    def _store_plan(self) -> None:
+        """Keep the plan where the run's logger keeps the rest."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        folder = None if trainer.logger is None or trainer.fast_dev_run else trainer.log_dir  # type: ignore[attr-defined]
+        if folder is not None and self.global_rank == 0:
+            save_plan(self.engine.plan, folder)
+
+    def _follow_plan(self, batch: Any) -> None:
+        """Before a training step: complete the plan once a step has been measured, and move what it has elsewhere."""
+        engine = self.engine
+        if engine.profile is not None:
+            self._complete_plan()
+            self._samples = next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 1)
+        if self._next_plan is not None and engine.between_steps:
+            plan, self._next_plan = self._next_plan, None
+            if move(engine, plan):
+                self._store_plan()
+                rank_zero_info(f"zinf: planes have moved to make room for activations\n{memory_text(engine.plan)}")
+
+        if engine.probe is not None and (speeds := engine.probed()) is not None:
+            self._follow_speeds(speeds)
+
+    def on_train_end(self) -> None:
+        """Complete the plan of a run that had one training step."""
+        engine = self._engine
+        if engine is not None and engine.profile is not None:
+            self._complete_plan()
+        self._end_measuring()
+
+    def _end_measuring(self) -> None:
+        engine = self._engine
+        if engine is not None:
+            engine.stop_measuring()
+            engine.stop_probing()
+        self._next_plan = None
+
+    def _follow_speeds(self, speeds: Speeds) -> None:
+        """Plan once more, with speeds that are known now, and move planes if a step is predicted to be faster then."""
+        engine = self.engine
+        engine.plan = before = with_speeds(engine.plan, speeds)
+        plan = best_rings(before)
+        if plan is not before and move(engine, plan) and before.prediction is not None and plan.prediction is not None:
+            rank_zero_info(
+                f"zinf: planes have moved, as the speeds measured in this run suggest: a step is predicted to take "
+                f"{duration(plan.prediction.seconds)} instead of {duration(before.prediction.seconds)}\n"
+                f"{memory_text(engine.plan)}"
+            )
+        self._store_plan()
+
+    def _complete_plan(self) -> None:
+        engine = self.engine
+        kept = engine.measured(self._samples)
+        if kept is None:
+            return
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        clip = trainer.gradient_clip_val is not None and trainer.gradient_clip_algorithm != "value"
+        plan = complete(
+            engine.plan,
+            kept,
+            accumulate=trainer.accumulate_grad_batches,
+            clip=clip,
+            given_back=engine.given_back,
+        )
+        told = f"zinf: the first training step kept {human(kept.total)} for backward"
+        if kept.grown:
+            told += " (by which the memory in use grew)"
+        if kept.device_peak:
+            told += f", and tensors on the accelerator took {human(kept.device_peak)} at most"
+        if plan.decision != engine.plan.decision:
+            self._next_plan = plan
+            rank_zero_info(f"{told}: memory is short, so fewer planes will rest there from the next step on")
+        else:
+            engine.plan = plan
+            self._store_plan()
+            rank_zero_info(f"{told}\n{memory_text(plan)}")
+        short = [tier for tier in plan.tiers if not tier.fits]
+        if short:
+            rank_zero_warn(
+                f"{told}; with it a step needs {human(short[0].needed)} of {short[0].tier} memory, and "
+                f"{human(short[0].available)} were free when training began\n{refusal(plan)}"
+            )

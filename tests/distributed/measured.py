@@ -1,0 +1,99 @@
+"""What ranks do whose first training step keeps more than there is room for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning_cases import Net, block, loader, net, trainer
+from torch import nn
+
+import lightning_zinf
+from lightning_zinf.engine import partition
+from lightning_zinf.engine import speeds as probing
+from lightning_zinf.engine.engine import Engine
+from lightning_zinf.engine.partition import engine_of
+from lightning_zinf.engine.profile import StepProfile
+from lightning_zinf.memory.planner.speeds import Speeds
+
+
+class Deep(Net):
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__(lr)
+        self.blocks = nn.Sequential(*(block() for _ in range(8)))
+
+
+def engine(module: Any) -> Engine:
+    found = engine_of(module)
+    assert found is not None
+    return found
+
+
+class Watch(pl.Callback):
+    """Notes the tiers of all planes, and the bytes that this rank keeps in memory, at every step."""
+
+    def __init__(self) -> None:
+        self.tiers: list[list[tuple[str, str]]] = []
+        self.held: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        buffers = [b for u in engine(module).units for b in u.buffers]
+        self.tiers.append([(b.params_tier, b.state_tier) for b in buffers])
+        self.held.append(sum(n for _, _, tier, n in engine(module).plan.residency() if tier != "nvme"))
+
+
+def fit_measured(
+    rank: int, size: int, folder: Path, options: dict[str, Any], free: int | None, keeps: list[int] | None
+) -> dict[str, Any]:
+    """Fit; ``keeps`` is what each rank's first step keeps for backward, and ``free`` what memory has for all."""
+    before = partition.free_host_bytes, partition.free_device_bytes, StepProfile.backward_ended
+    try:
+        if free is not None:
+            partition.free_host_bytes = partition.free_device_bytes = lambda *_: free  # type: ignore[assignment]
+        if keeps is not None:
+
+            def backward_ended(self: StepProfile) -> None:
+                before[2](self)
+                self.saved = {0: keeps[rank]}
+
+            StepProfile.backward_ended = backward_ended  # type: ignore[method-assign]
+        model, watch = net(Deep), Watch()
+        strategy = lightning_zinf.ZinfStrategy() if free is not None else lightning_zinf.ZinfStrategy(stage=2)
+        running = trainer(folder, strategy, devices=size, max_epochs=2, callbacks=[watch], **options)
+        running.fit(model, loader(12))
+        plan = engine(model).plan
+        return {
+            "weights": lightning_zinf.full_state_dict(model),
+            "tiers": watch.tiers,
+            "held": watch.held,
+            "plan": plan.told(),
+            "fits": plan.fits,
+        }
+    finally:
+        partition.free_host_bytes, partition.free_device_bytes, StepProfile.backward_ended = before  # type: ignore[method-assign]
+
+
+def fit_with_speeds(
+    rank: int, size: int, folder: Path, options: dict[str, Any], budget: int | None, speeds: list[Speeds]
+) -> dict[str, Any]:
+    """Fit within a budget; ``speeds`` is what each rank measures."""
+    before = probing.speeds_of
+    try:
+        probing.speeds_of = lambda *_: speeds[rank]  # type: ignore[assignment]
+        model, watch = net(Deep), Watch()
+        strategy = lightning_zinf.ZinfStrategy(stage=2)
+        if budget is not None:
+            strategy = lightning_zinf.ZinfStrategy(memory=lightning_zinf.MemoryConfig(host_bytes=budget))
+        running = trainer(folder, strategy, devices=size, max_epochs=5, callbacks=[watch], **options)
+        running.fit(model, loader(12))
+        found = engine(model)
+        return {
+            "weights": lightning_zinf.full_state_dict(model),
+            "tiers": watch.tiers,
+            "rates": found.plan.told()["machine"]["rates"],
+            "rings": found.plan.told()["rings"],
+            "pages": found.context.pages(),
+        }
+    finally:
+        probing.speeds_of = before
