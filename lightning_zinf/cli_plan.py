@@ -13,6 +13,7 @@ from lightning_zinf.config import nvme_paths
 
 if TYPE_CHECKING:
     from lightning_zinf.memory.planner import Machine, ModelSpec, PlanOptions, Rates
+    from lightning_zinf.planning.from_run import EarlierRun
     from lightning_zinf.planning.lightning_config import Run
 
 _EXAMPLE = """\
@@ -61,6 +62,11 @@ def add_plan(commands: Any, size: Callable[[str], int]) -> None:
     option("--offload-activations", choices=("none", "cpu", "nvme"), help="where what waits for backward goes (none)")
     option("--units", choices=("blocks", "linear"), default="blocks", help="what is gathered together")
     option("--max-tile-bytes", type=size, metavar="SIZE", help="what if larger linear layers were cut into tiles")
+    option(
+        "--from-run",
+        metavar="PATH",
+        help="take activations as a run of the model has measured them: its zinf_plan.json, or the folder of it",
+    )
     option("--clip", action="store_true", help="gradients are clipped by their norm, so updates wait for all of them")
     option(
         "--update",
@@ -87,6 +93,7 @@ class _Asked:
     options: PlanOptions
     devices: int
     nodes: int | None
+    run: EarlierRun | None = None
 
 
 def plan(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -112,6 +119,10 @@ def plan(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         machine = machine.with_nodes(asked.nodes)
     if given.max_tile_bytes:
         notes.append(f"what if: linear layers of more than {given.max_tile_bytes:,} bytes were cut into tiles")
+    if asked.run is not None:
+        notes.append(
+            f"activations are those that the run of {asked.run.path} has measured, batch by batch in proportion"
+        )
     made = make_plan(asked.model, machine, asked.options)
     changes = [] if made.fits else nearest_changes(asked.model, machine, asked.options, asked.finer)
     if given.plot:
@@ -140,21 +151,51 @@ def _asked(given: argparse.Namespace) -> _Asked:
     memory = memory.get("init_args", memory) if isinstance(memory, dict) else {}
     precision = given.precision or ("bf16-mixed" if run is None else run.precision)
     model, finer = _models(given, run, precision)
+    earlier = None
+    if given.from_run:
+        earlier = _earlier(given, strategy)
+        model, finer = earlier.put_into(model), None
     options = PlanOptions(
         offload_params=given.offload_params or strategy.get("offload_params", "auto"),
         offload_optimizer=given.offload_optimizer or strategy.get("offload_optimizer", "auto"),
         stage=given.stage or strategy.get("stage", 3),
-        batch=given.batch or (run.batch if run is not None and run.batch else 1),
+        batch=given.batch or (run.batch if run is not None and run.batch else earlier.kept.samples if earlier else 1),
         accumulate=given.accumulate or (1 if run is None else run.accumulate),
-        recompute=given.recompute or bool(strategy.get("activation_checkpointing")),
-        offload_activations=given.offload_activations or strategy.get("offload_activations", "none"),
+        recompute=_recompute(given, strategy) if earlier is None else bool(earlier.options["recompute"]),
+        offload_activations=_offload(given, strategy) if earlier is None else earlier.options["offload_activations"],
         host_bytes=given.host_bytes or memory.get("host_bytes"),
         device_bytes=given.device_bytes or memory.get("device_bytes"),
         clip=given.clip or (run is not None and run.clip),
         update=given.update,
     )
     devices = given.devices or (run.devices if run is not None and run.devices else 1)
-    return _Asked(model, finer, options, devices, given.nodes or (run.nodes if run is not None else None))
+    return _Asked(model, finer, options, devices, given.nodes or (run.nodes if run is not None else None), earlier)
+
+
+def _recompute(given: argparse.Namespace, strategy: dict[str, Any]) -> bool:
+    return given.recompute or bool(strategy.get("activation_checkpointing"))
+
+
+def _offload(given: argparse.Namespace, strategy: dict[str, Any]) -> Any:
+    return given.offload_activations or strategy.get("offload_activations", "none")
+
+
+def _earlier(given: argparse.Namespace, strategy: dict[str, Any]) -> EarlierRun:
+    """Read the run whose activations are to be taken, which must have kept them as is asked for now."""
+    from lightning_zinf.planning.from_run import read_run
+
+    earlier = read_run(given.from_run)
+    for option, asked in (
+        ("recompute", _recompute(given, strategy) or None),
+        ("offload_activations", given.offload_activations or strategy.get("offload_activations")),
+    ):
+        had = earlier.options.get(option)
+        if asked is not None and asked != had:
+            raise ValueError(
+                f"{given.from_run} was measured with {option}={had!r}, and {option}={asked!r} is asked for: what is "
+                "kept for backward is another amount then, so plan without --from-run or take a run with that option"
+            )
+    return earlier
 
 
 def _run_of(given: argparse.Namespace) -> Run | None:
