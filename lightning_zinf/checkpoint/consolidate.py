@@ -18,7 +18,6 @@ import os
 import struct
 import uuid
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header, raw_bytes
 from lightning_zinf.checkpoint.manifest import CheckpointError, Stored
 from lightning_zinf.checkpoint.source import Averages, Checkpoint
+from lightning_zinf.ops import crc32
 from lightning_zinf.optim.average import PLANE
 
 _SINGLE = "model.safetensors"
@@ -161,11 +161,11 @@ def _filler(
         piece = pieces.get(id(given))
         if piece is None:  # others may see other parts of the same storage
             room.untyped_storage().copy_(given.untyped_storage())
-            return zlib.crc32(raw_bytes(torch.empty(0, dtype=torch.uint8).set_(room.untyped_storage())))
+            return crc32(raw_bytes(torch.empty(0, dtype=torch.uint8).set_(room.untyped_storage())))
         flat, crc = room.view(-1), 0
         for start, values in piece.chunks(source, max(1, chunk_bytes // 4)):
             flat[start : start + values.numel()] = values
-            crc = zlib.crc32(raw_bytes(values), crc)
+            crc = crc32(raw_bytes(values), crc)
             progress(values.nbytes)
         return crc
 

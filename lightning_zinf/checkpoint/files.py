@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.checkpoint.manifest import BLOCK_BYTES, CheckpointError, FileInfo
+from lightning_zinf.ops import crc32
 
 ALIGNMENT = 4096
 DTYPES = {
@@ -155,7 +155,7 @@ class Writer:
             part = view[: BLOCK_BYTES - into]
             if into == 0:
                 self._crcs.append(0)
-            self._crcs[-1] = zlib.crc32(part, self._crcs[-1])
+            self._crcs[-1] = crc32(part, self._crcs[-1])
             self._file.write(part)
             self._nbytes += len(part)
             view = view[len(part) :]
@@ -299,7 +299,7 @@ class Reader:
         for number, expected in enumerate(self._info.crc32):
             view = memoryview(content)[: min(BLOCK_BYTES, self._info.nbytes - number * BLOCK_BYTES)]
             self._fill(number * BLOCK_BYTES, view)
-            if zlib.crc32(view) != expected:
+            if crc32(view) != expected:
                 raise CheckpointError(_damaged(self.where, number))
 
     def close(self) -> None:
@@ -335,7 +335,7 @@ def verified(folder: Folder, info: FileInfo) -> bytes:
     if len(content) != info.nbytes:
         raise CheckpointError(f"{where} has {len(content)} bytes instead of {info.nbytes}: it was cut off")
     for number, expected in enumerate(info.crc32):
-        if zlib.crc32(memoryview(content)[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]) != expected:
+        if crc32(memoryview(content)[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]) != expected:
             raise CheckpointError(_damaged(where, number))
     return content
 

@@ -12,7 +12,6 @@ What is in memory beside the planes is one piece for each thread, and the snapsh
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -26,11 +25,10 @@ from lightning_zinf.config import IOConfig
 from lightning_zinf.engine.snapshot import Snapshot, Work
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.monitor.counters import Counters
-from lightning_zinf.ops import File, IOEngine, host_empty
+from lightning_zinf.ops import File, IOEngine, crc32, crc32_combine, host_empty
 
 THREADS = 4
 """Pieces under way at once in a local file."""
-_POLYNOMIAL = 0xEDB88320
 
 
 class Destination(Protocol):
@@ -145,7 +143,7 @@ class BlockSums:
         """Take in the bytes from byte ``at`` on."""
         while content:
             part = content[: BLOCK_BYTES - at % BLOCK_BYTES]
-            crc = zlib.crc32(part)
+            crc = crc32(part)
             with self._lock:
                 self._parts.setdefault(at // BLOCK_BYTES, []).append((at, len(part), crc))
             at += len(part)
@@ -158,40 +156,10 @@ class BlockSums:
             at, crc = number * BLOCK_BYTES, 0
             for start, nbytes, other in sorted(self._parts[number]):
                 assert start == at, (start, at)
-                at, crc = at + nbytes, combined(crc, other, nbytes)
+                at, crc = at + nbytes, crc32_combine(crc, other, nbytes)
             assert at == min(self._nbytes, (number + 1) * BLOCK_BYTES), at
             found.append(crc)
         return tuple(found)
-
-
-def combined(first: int, second: int, nbytes: int) -> int:
-    """Return the CRC-32 of two byte strings, one after the other.
-
-    A CRC is a polynomial over GF(2) modulo a fixed one, bit 31 its lowest power: appending ``nbytes`` bytes multiplies
-    it by ``x ** (8 * nbytes)``. The inversions at both ends cancel out.
-
-    Args:
-        first: CRC-32 of the first.
-        second: CRC-32 of the second.
-        nbytes: Length of the second.
-    """
-    power, square, exponent = 1 << 31, 1 << 30, 8 * nbytes
-    while exponent:
-        if exponent & 1:
-            power = _product(power, square)
-        square = _product(square, square)
-        exponent >>= 1
-    return _product(first, power) ^ second
-
-
-def _product(a: int, b: int) -> int:
-    """Return the product of two polynomials modulo the CRC's."""
-    result = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            result ^= b
-        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
-    return result
 
 
 def stream(snapshot: Snapshot, into: Destination, nvme: NvmeStore | None) -> Counters:

@@ -17,7 +17,6 @@ nobody ever sees a weight whose update is still to come.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +30,7 @@ from lightning_zinf.engine.sharded import ShardedGradients
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.slots import use_count
 from lightning_zinf.memory.state import LOW_PLANES, State
-from lightning_zinf.ops import join_master, split_master
+from lightning_zinf.ops import crc32, join_master, split_master
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.context import EngineContext
@@ -338,7 +337,7 @@ class FlatBuffer:
         """Return what tells changed weights from others, for the comparison with other ranks; 0 if there are none."""
         if self.context.comm is None:
             return 0
-        return zlib.crc32(memoryview(flat.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type,unused-ignore]
+        return crc32(flat.cpu())
 
     def take_in(self) -> None:
         """Take in values that the user put elsewhere, where the weights are in place and bound."""

@@ -1,5 +1,6 @@
 """The compiled core: optimizer kernels, host memory and asynchronous file I/O."""
 
+from lightning_zinf.ops.checksum import crc32, crc32_combine
 from lightning_zinf.ops.io import File, IOEngine, Ticket
 from lightning_zinf.ops.kernels import (
     AVAILABLE,
@@ -24,6 +25,8 @@ __all__ = [
     "Segment",
     "Ticket",
     "adam_update",
+    "crc32",
+    "crc32_combine",
     "host_empty",
     "isa",
     "join_master",

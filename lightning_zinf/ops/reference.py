@@ -10,6 +10,7 @@ through float64 for the correctly rounded result, which the vector math library 
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 _SLICE = 1 << 20  # elements whose float64 temporaries are alive at a time
+_CRC_POLYNOMIAL = 0xEDB88320  # zlib's
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,3 +196,35 @@ def _split(master: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -
 def _join(weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     bits = (weight.view(torch.int16).long() << 16) + residual.long()
     return bits.to(torch.int32).view(torch.float32)
+
+
+def crc32(content: bytes | bytearray | memoryview | torch.Tensor, crc: int) -> int:
+    """See :func:`lightning_zinf.ops.crc32`."""
+    if isinstance(content, torch.Tensor):
+        return zlib.crc32(memoryview(content.detach().reshape(-1).view(torch.uint8).numpy()), crc)  # type: ignore[arg-type,unused-ignore]
+    return zlib.crc32(content, crc)
+
+
+def crc32_combine(first: int, second: int, nbytes: int) -> int:
+    """See :func:`lightning_zinf.ops.crc32_combine`.
+
+    A CRC is a polynomial over GF(2) modulo a fixed one, bit 31 its lowest power: appending ``nbytes`` bytes multiplies
+    it by ``x ** (8 * nbytes)``. The inversions at both ends cancel out.
+    """
+    power, square, exponent = 1 << 31, 1 << 30, 8 * nbytes
+    while exponent:
+        if exponent & 1:
+            power = _product(power, square)
+        square = _product(square, square)
+        exponent >>= 1
+    return _product(first, power) ^ second
+
+
+def _product(a: int, b: int) -> int:
+    """Return the product of two polynomials modulo the CRC's."""
+    result = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            result ^= b
+        b = b >> 1 ^ (_CRC_POLYNOMIAL if b & 1 else 0)
+    return result

@@ -19,7 +19,6 @@ The modules that own such a parameter run their forward outside of compiled grap
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from lightning_zinf import parameters as paging
 from lightning_zinf.engine.guard import plainly
+from lightning_zinf.ops import crc32
 from lightning_zinf.tiling.dispatch import in_tiles_class
 from lightning_zinf.tiling.grid import Grid
 
@@ -248,7 +248,7 @@ class TiledParameter:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type,unused-ignore]
+    return crc32(tensor.cpu().contiguous())
 
 
 class EagerForward:

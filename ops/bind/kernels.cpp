@@ -1,6 +1,7 @@
 // Python names of the compute kernels. Tensors come as addresses: the typed facade (lightning_zinf/ops/kernels.py)
 // checks them. Every call that does work releases the GIL.
 #include "kernels/adam.h"
+#include "kernels/crc32.h"
 #include "kernels/isa.h"
 #include "kernels/master.h"
 #include "kernels/norm.h"
@@ -36,6 +37,8 @@ void join_master(uintptr_t weight, uintptr_t residual, uintptr_t master, int64_t
   zinf::join_master(at<const uint16_t>(weight), at<const int16_t>(residual), at<float>(master), numel);
 }
 
+uint32_t crc32(uint32_t crc, uintptr_t data, size_t nbytes) { return zinf::crc32(crc, at<const void>(data), nbytes); }
+
 nb::list isa_names() {
   nb::list names;
   for (const char *const *name = zinf::isa_names(); *name; ++name) names.append(nb::str(*name));
@@ -49,6 +52,8 @@ void init_kernels(nb::module_ &m) {
   m.def("squared_norms", &squared_norms, NoGil());
   m.def("split_master", &split_master, NoGil());
   m.def("join_master", &join_master, NoGil());
+  m.def("crc32", &crc32, NoGil());
+  m.def("crc32_combine", &zinf::crc32_combine);
   m.def("set_num_threads", &zinf::set_num_threads, NoGil());
   m.def("num_threads", &zinf::num_threads, NoGil());
   m.def("isa", [] { return zinf::isa().name; });
