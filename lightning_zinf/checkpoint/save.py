@@ -44,11 +44,10 @@ from lightning_zinf.checkpoint.contents import (
 )
 from lightning_zinf.checkpoint.files import Folder, write_safetensors
 from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest
-from lightning_zinf.checkpoint.saving import AnotherError, BackgroundSaving, Plan
+from lightning_zinf.checkpoint.saving import AnotherError, BackgroundSaving, Plan, copy_room
 from lightning_zinf.checkpoint.stream import Destination, destination, places, write_shard
 from lightning_zinf.config import IOConfig
 from lightning_zinf.engine.snapshot import Snapshot
-from lightning_zinf.memory.machine import free_host_bytes
 from lightning_zinf.monitor.counters import Counters
 
 if TYPE_CHECKING:
@@ -109,9 +108,9 @@ def save(
         engine.saving.wait()
     if not folder.local:
         engine.flush()  # files elsewhere are written from their beginning, so all of it has to be there
-    plan, at_once = _prepare(engine, checkpoint, folder, optimizers, versions, copy_bytes)
+    plan, at_once = _prepare(engine, checkpoint, folder, optimizers, versions, copy_bytes, background=background)
     saving = BackgroundSaving(engine, plan)
-    if at_once or not background:
+    if at_once:
         saving.wait()
 
 
@@ -122,6 +121,8 @@ def _prepare(
     optimizers: Sequence[torch.optim.Optimizer],
     versions: dict[str, str],
     copy_bytes: int | None,
+    *,
+    background: bool,
 ) -> tuple[Plan, bool]:
     """Take the snapshot, and serialize what is small; return whether to wait until all is written, too.
 
@@ -163,8 +164,9 @@ def _prepare(
         claim,
     )
     if copy_bytes is None:
-        copy_bytes = free_host_bytes() // (4 * (1 if comm is None else comm.ranks.local_size))
-    return _plan(engine, folder, rank, contents, buffers, copy_bytes), replaces
+        copy_bytes = max(copy_room(engine), sum(m.numel() for m in engine.context.spare_copies))
+    at_once = replaces or not background
+    return _plan(engine, folder, rank, contents, buffers, copy_bytes, at_rest=at_once), at_once
 
 
 def _plan(
@@ -174,13 +176,18 @@ def _plan(
     contents: Contents,
     buffers: Sequence[tuple[FlatBuffer, Buffer]],
     copy_bytes: int,
+    *,
+    at_rest: bool,
 ) -> Plan:
     shards, names, io_config = engine.context.shards, contents.names, engine.config.io
     kept = buffers if rank < shards else ()  # the other ranks have copies of the same
     head, sizes = layout([b for _, b in kept], shards)
     where, nbytes = places(head, sizes)
     pairs = [(buffer, own) for (buffer, _), own in zip(kept, where, strict=True)]
-    snapshot = Snapshot(pairs, copy_bytes, in_order=not folder.local)
+    snapshot = Snapshot(
+        pairs, copy_bytes, in_order=not folder.local, at_rest=at_rest, spare=engine.context.spare_copies
+    )
+    engine.context.spare_copies = []
     nvme = engine.context.nvme if engine.context.has_nvme else None
 
     def write() -> tuple[list[FileInfo], Counters]:

@@ -35,6 +35,7 @@ import torch
 from lightning_zinf.checkpoint.files import Folder
 from lightning_zinf.checkpoint.manifest import FileInfo
 from lightning_zinf.engine.snapshot import Snapshot
+from lightning_zinf.memory.machine import free_host_bytes
 from lightning_zinf.monitor.counters import Counters
 
 if TYPE_CHECKING:
@@ -239,10 +240,18 @@ class BackgroundSaving:
         for held in self.plan.snapshot.held:
             if held.buffer.held is held:
                 held.buffer.held = None
+        kept = self.plan.snapshot.leftover()
+        self._engine.context.spare_copies = kept if sum(m.numel() for m in kept) <= copy_room(self._engine) else []
         self._engine.counters.nvme_read_bytes += self._moved.nvme_read_bytes
         self._moved = Counters()
         self._engine.saving = None
         _RUNNING.discard(self)
+
+
+def copy_room(engine: Engine) -> int:
+    """Return the bytes of host memory that copies may take here: a quarter of what is free, for all ranks together."""
+    comm = engine.context.comm
+    return free_host_bytes() // (4 * (1 if comm is None else comm.ranks.local_size))
 
 
 def _removing(removal: Callable[[], None], _: Sequence[FileInfo]) -> None:

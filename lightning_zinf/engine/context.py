@@ -63,6 +63,7 @@ class EngineContext:
         self._tiles: TileRing | None = None
         self._nvme: NvmeStore | None = None
         self.activations: ActivationStore | None = None
+        self.spare_copies: list[Tensor] = []  # host memory that a snapshot used, for the next one
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._layouts: dict[tuple[Any, ...], FlatLayout] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -174,6 +175,7 @@ class EngineContext:
             if self.activations is not None:
                 self.activations.close()
             self.activations = None
+            self.spare_copies = []
             self._nvme = self._ring = self._staging = self._tiles = None
 
     def new_state(self, numel: int, planes: tuple[str, ...], tier: Tier, name: str) -> State:

@@ -11,8 +11,11 @@ begun to read are copied, as far as a budget goes, and for the others it waits. 
 somebody waits for first. A reader never waits for something that only the training thread can do, except that a buffer
 becomes ready; and who waits for a buffer has made it ready before. So there is no deadlock, whatever the order.
 
-Weights that lie in place as plain parameters may be changed by code that we do not see: they are copied, or read, at
-once when the buffer becomes ready.
+Weights that lie in place as plain parameters may be changed by code that we do not see, through ``p.data``, NumPy or an
+extension: nothing short of the processor's page protection would tell before it is too late. So they are copied, or
+read, at once when the buffer becomes ready, unless nothing goes on until all is read. No reader disturbs these copies,
+and their memory is kept for the next snapshot (``leftover``): to write to pages for the first time takes several times
+as long as the copy itself.
 """
 
 from __future__ import annotations
@@ -28,10 +31,13 @@ from torch import Tensor
 
 from lightning_zinf.memory.pieces import Piece
 from lightning_zinf.memory.slots import Ticket
-from lightning_zinf.ops import host_empty
+from lightning_zinf.ops import copy_all, host_empty
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
+
+_COPIED_AT_ONCE = 64 * 2**20
+"""Bytes after which somebody who copies looks again whether readers have got on meanwhile."""
 
 
 class Saving(Protocol):
@@ -135,12 +141,22 @@ class Snapshot:
         buffers: Each with the first byte of every plane that is wanted of it, wherever that is.
         copy_bytes: Host memory for copies.
         in_order: Hand pieces out in the order of their places; no updates must be pending then.
+        at_rest: Nothing changes until all of it has been read: who takes the snapshot waits for that.
+        spare: Host memory that may be used for copies, and counts as such.
     """
 
     def __init__(
-        self, buffers: Sequence[tuple[FlatBuffer, Mapping[str, int]]], copy_bytes: int, *, in_order: bool
+        self,
+        buffers: Sequence[tuple[FlatBuffer, Mapping[str, int]]],
+        copy_bytes: int,
+        *,
+        in_order: bool,
+        at_rest: bool = False,
+        spare: Sequence[Tensor] = (),
     ) -> None:
         self.over = False
+        self._at_rest = at_rest
+        self._begun = False
         self._changed = threading.Condition()
         self._room = copy_bytes
         self._copying = 0
@@ -148,18 +164,24 @@ class Snapshot:
         self._ready: list[Held] = []
         self._queue: deque[Work] = deque()  # in order: everything; else copies
         self._urgent: Held | None = None
-        self._spare: list[Tensor] = []
+        self._spare = list(spare)
         self.held = [Held(self, buffer, places) for buffer, places in buffers]
         self._changes = [held.buffer.changes for held in self.held]
         self._not_ready = len(self.held)
+        self._at_once = sum(b.shard_bytes for b, places in buffers if b.unseen and "weight" in places)
         for held in self.held:
             held.buffer.held = held
 
     def begin(self) -> None:
         """Make ready what is; readers must have been started, for there may be more to copy than there is room for."""
-        for held in self.held:
-            held.settled()
-            assert held.ready or not self._in_order, held.buffer
+        try:
+            for held in self.held:
+                held.settled()
+                assert held.ready or not self._in_order, held.buffer
+        finally:
+            with self._changed:
+                self._begun = True
+                self._changed.notify_all()
 
     # ------------------------------------------------------------------ the training thread
 
@@ -178,7 +200,7 @@ class Snapshot:
             if self._in_order:
                 self._queue.extend(works)
                 self._changed.notify_all()
-        if buffer.unseen:
+        if buffer.unseen and not self._at_rest:
             self.let_go(held, "weight")
         with self._changed:  # only now, so that there is no reader to wait for while there is room for copies
             self._not_ready -= 1
@@ -187,54 +209,80 @@ class Snapshot:
 
     def let_go(self, held: Held, plane: str | None = None) -> None:
         """Return when no reader needs a plane of a buffer any more, or any of its planes."""
-        while (work := self._claim(held, plane)) is not None:
-            memory: Tensor | None = None
+        while works := self._claim(held, plane):
+            copies: list[Tensor | None] = [None] * len(works)
             try:
-                memory = self._copied(work.piece)
+                copies[:] = self._copied([work.piece for work in works])
             except MemoryError:
                 with self._changed:
                     self._room = 0  # less is free than when the budget was made: wait instead
             finally:
                 with self._changed:
-                    self._copying -= 1
-                    work.copy, work.copying = memory, False
-                    if memory is None:
-                        held.open.append(work)
-                    elif not self._in_order:
-                        self._queue.append(work)
+                    self._copying -= len(works)
+                    for work, memory in zip(works, copies, strict=True):
+                        work.copy, work.copying = memory, False
+                        if memory is None:
+                            held.open.append(work)
+                        elif not self._in_order:
+                            self._queue.append(work)
                     self._changed.notify_all()
 
-    def _claim(self, held: Held, plane: str | None) -> Work | None:
-        """Return a piece to be copied, waiting for room or readers; None if nothing is left."""
+    def _claim(self, held: Held, plane: str | None) -> list[Work]:
+        """Return pieces to be copied at once, waiting for room or readers; none if nothing is left."""
         with self._changed:
             try:
                 while not self.over:
                     # Readers begin at the other end.
-                    work = next((w for w in reversed(held.open) if plane in (None, w.piece.plane)), None)
-                    if work is None and not held.busy:
-                        return None
-                    if work is not None and work.piece.memory is not None and work.piece.nbytes <= self._room:
-                        held.open.remove(work)
-                        self._room -= work.piece.nbytes
-                        self._copying += 1
-                        work.copying = True
-                        return work
+                    wanted = [w for w in reversed(held.open) if plane in (None, w.piece.plane)]
+                    if not wanted and not held.busy:
+                        return []
+                    works, nbytes = [], 0
+                    for work in wanted:
+                        if work.piece.memory is not None and nbytes < _COPIED_AT_ONCE:
+                            if nbytes + work.piece.nbytes > self._room:
+                                break
+                            works.append(work)
+                            nbytes += work.piece.nbytes
+                    if works:
+                        self._room -= nbytes
+                        self._copying += len(works)
+                        for work in works:
+                            held.open.remove(work)
+                            work.copying = True
+                        return works
                     self._urgent = held
                     self._changed.notify_all()
                     self._changed.wait()
-                return None
+                return []
             finally:
                 self._urgent = None
 
-    def _copied(self, piece: Piece) -> Tensor:
-        assert piece.memory is not None
-        with self._changed:
-            found = next((i for i, m in enumerate(self._spare) if m.numel() >= piece.nbytes), None)
-            memory = None if found is None else self._spare.pop(found)
-        memory = host_empty(piece.nbytes) if memory is None else memory
+    def _copied(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """Return copies of pieces, in host memory.
+
+        Raises:
+            MemoryError: If there is not that much; none has been made then.
+        """
+        copies = [self._memory(piece.nbytes) for piece in pieces]
+        pairs: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
-            memory[: piece.nbytes].view(piece.dtype).copy_(piece.memory)
-        return memory
+            for piece, copy in zip(pieces, copies, strict=True):
+                assert piece.memory is not None
+                to = copy[: piece.nbytes].view(piece.dtype)
+                if piece.memory.is_cpu:
+                    pairs.append((to, piece.memory))
+                else:
+                    to.copy_(piece.memory)
+            copy_all(pairs)
+        return copies
+
+    def _memory(self, nbytes: int) -> Tensor:
+        with self._changed:
+            fitting = [i for i, m in enumerate(self._spare) if m.numel() >= nbytes]
+            if fitting:
+                return self._spare.pop(min(fitting, key=lambda i: self._spare[i].numel()))
+            self._spare.clear()  # all too small; within the budget the new one takes their place
+        return host_empty(nbytes)
 
     @property
     def current(self) -> bool:
@@ -251,11 +299,14 @@ class Snapshot:
         """Return a piece to be read, once there is one; None if no more will come."""
         with self._changed:
             while not self.over:
-                work = self._next()
+                # Training waits while copies are made at the beginning: it has the cores and the memory to itself then.
+                work = self._next() if self._begun or self._urgent is not None else None
                 if work is not None:
                     work.held.busy += work.copy is None
                     return work
-                if not (self._not_ready or self._copying or self._queue or any(h.open for h in self._ready)):
+                if self._begun and not (
+                    self._not_ready or self._copying or self._queue or any(h.open for h in self._ready)
+                ):
                     return None
                 self._changed.wait()
             return None
@@ -296,7 +347,17 @@ class Snapshot:
             self.over = True
             self._queue.clear()
             self._ready.clear()
-            self._spare.clear()
             for held in self.held:
                 held.open.clear()
             self._changed.notify_all()
+
+    def leftover(self) -> list[Tensor]:
+        """Return memory of copies for another snapshot to use: no more than it will need at its beginning."""
+        with self._changed:
+            spare, self._spare = sorted(self._spare, key=Tensor.numel, reverse=True), []
+        kept, room = [], self._at_once
+        for memory in spare:
+            if memory.numel() <= room:
+                room -= memory.numel()
+                kept.append(memory)
+        return kept

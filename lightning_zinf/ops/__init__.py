@@ -1,6 +1,7 @@
 """The compiled core: optimizer kernels, host memory and asynchronous file I/O."""
 
 from lightning_zinf.ops.checksum import crc32, crc32_combine
+from lightning_zinf.ops.copying import copy_all
 from lightning_zinf.ops.io import File, IOEngine, Ticket
 from lightning_zinf.ops.kernels import (
     AVAILABLE,
@@ -25,6 +26,7 @@ __all__ = [
     "Segment",
     "Ticket",
     "adam_update",
+    "copy_all",
     "crc32",
     "crc32_combine",
     "host_empty",

@@ -1,6 +1,7 @@
 // Python names of the compute kernels. Tensors come as addresses: the typed facade (lightning_zinf/ops/kernels.py)
 // checks them. Every call that does work releases the GIL.
 #include "kernels/adam.h"
+#include "kernels/copy.h"
 #include "kernels/crc32.h"
 #include "kernels/isa.h"
 #include "kernels/master.h"
@@ -37,6 +38,8 @@ void join_master(uintptr_t weight, uintptr_t residual, uintptr_t master, int64_t
   zinf::join_master(at<const uint16_t>(weight), at<const int16_t>(residual), at<float>(master), numel);
 }
 
+void copy_regions(uintptr_t regions, int64_t count) { zinf::copy_regions(at<const zinf::CopyRegion>(regions), count); }
+
 uint32_t crc32(uint32_t crc, uintptr_t data, size_t nbytes) { return zinf::crc32(crc, at<const void>(data), nbytes); }
 
 nb::list isa_names() {
@@ -52,6 +55,7 @@ void init_kernels(nb::module_ &m) {
   m.def("squared_norms", &squared_norms, NoGil());
   m.def("split_master", &split_master, NoGil());
   m.def("join_master", &join_master, NoGil());
+  m.def("copy_regions", &copy_regions, NoGil());
   m.def("crc32", &crc32, NoGil());
   m.def("crc32_combine", &zinf::crc32_combine);
   m.def("set_num_threads", &zinf::set_num_threads, NoGil());

@@ -2,6 +2,7 @@
 #include "check.h"
 
 #include "kernels/adam.h"
+#include "kernels/copy.h"
 #include "kernels/master.h"
 #include "kernels/norm.h"
 #include "kernels/thread_pool.h"
@@ -277,6 +278,29 @@ void test_norm_is_bit_identical() {
   }
 }
 
+void test_copies_of_all_sizes_at_all_addresses() {
+  std::vector<uint8_t> from(3000000), expected, to;
+  for (uint8_t &byte : from) byte = uint8_t(rng());
+  for (int threads : {1, 2, 5}) {
+    set_num_threads(threads);
+    to.assign(from.size(), 0);
+    expected = to;
+    std::vector<CopyRegion> regions;
+    int64_t at = 1;
+    for (int64_t i = 0; i < 600; ++i) {
+      const int64_t nbytes = i < 590 ? i % 211 : 200000 + 17 * i, source = int64_t(rng() % (from.size() - 300000));
+      regions.push_back({int64_t(reinterpret_cast<uintptr_t>(to.data() + at)),
+                         int64_t(reinterpret_cast<uintptr_t>(from.data() + source)), nbytes});
+      std::memcpy(expected.data() + at, from.data() + source, nbytes);
+      at += nbytes + i % 3;
+    }
+    CHECK(at <= int64_t(to.size()));
+    copy_regions(regions.data(), int64_t(regions.size()));
+    CHECK(to == expected);
+  }
+  copy_regions(nullptr, 0);
+}
+
 void test_pool_runs_every_chunk_once() {
   for (int threads : {1, 2, 5}) {
     set_num_threads(threads);
@@ -342,6 +366,7 @@ int main(int argc, char **argv) {
     if (std::string(argv[i]) == "--quick") quick = true;
   RUN(test_isa_names);
   RUN(test_fma_emulation);
+  RUN(test_copies_of_all_sizes_at_all_addresses);
   RUN(test_pool_runs_every_chunk_once);
   RUN(test_pool_serves_concurrent_and_nested_callers);
   RUN(test_pool_survives_fork);

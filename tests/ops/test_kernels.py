@@ -13,7 +13,7 @@ import pytest
 import torch
 from kernel_states import HYPER, ISAS, State, any_bits, bits, needs_extension, same_bits, spread
 
-from lightning_zinf.ops import kernels, reference
+from lightning_zinf.ops import copy_all, kernels, reference
 from lightning_zinf.ops.kernels import Segment, adam_update
 
 
@@ -226,3 +226,27 @@ def test_without_the_extension_it_warns_once_and_gives_the_same_bits(monkeypatch
     assert kernels.isa() == "reference"
     if ISAS:
         assert found == expected
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_extension), False])
+def test_copies(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(kernels, "_ext", None)
+    generator = torch.Generator().manual_seed(8)
+    sources = [any_bits(generator, n) for n in (0, 1, 3, 17, 1000, 70_001, 1_000_003)]
+    sources += [source.bfloat16() for source in sources]
+    room = [torch.full((source.numel() + 3,), 7, dtype=source.dtype) for source in sources]
+    copy_all([(to[1:-2], source) for to, source in zip(room, sources, strict=True)])
+    for to, source in zip(room, sources, strict=True):
+        assert same_bits(to[1:-2], source)
+        assert (to[[0, -2, -1]] == 7).all()
+    copy_all([])
+
+
+def test_copies_refuse_what_does_not_match() -> None:
+    with pytest.raises(ValueError, match=r"pairs\[0\]\[0\] has 4 elements, expected 3"):
+        copy_all([(torch.ones(4), torch.ones(3))])
+    with pytest.raises(TypeError, match=r"pairs\[1\]\[0\] must have dtype torch\.bfloat16"):
+        copy_all([(torch.ones(3), torch.ones(3)), (torch.ones(4), torch.ones(4).bfloat16())])
+    with pytest.raises(ValueError, match=r"pairs\[0\]\[1\] must be contiguous"):
+        copy_all([(torch.ones(4, 4), torch.ones(4, 4).T)])
