@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError
 from lightning_zinf.checkpoint.source import Averages, Checkpoint, ShardedStateDict
-from lightning_zinf.memory.state import Record
+from lightning_zinf.memory.state import LOW_PLANES, Record, State
 from lightning_zinf.optim.average import PLANE
 from lightning_zinf.optim.update import Update, set_master
 
@@ -53,11 +54,31 @@ class Load(Update):
     Args:
         moves: From where to where.
         put: Called with a move's part, and the weights and planes of just its elements.
+        weights_only: It changes nothing but weights, and the planes that make masters of them.
     """
 
-    def __init__(self, moves: Sequence[Move], put: Callable[[Move, Tensor, dict[str, Tensor]], None]) -> None:
+    def __init__(
+        self,
+        moves: Sequence[Move],
+        put: Callable[[Move, Tensor, dict[str, Tensor]], None],
+        *,
+        weights_only: bool = False,
+    ) -> None:
         self._moves = moves
         self._put = put
+        self._weights_only = weights_only
+
+    def needs(self, planes: Sequence[str]) -> bool:
+        """Whether it reads or changes any of these planes."""
+        return not self._weights_only or not set(LOW_PLANES).isdisjoint(planes)
+
+    def apply(self, weight: Tensor, state: State) -> None:
+        """Fill the shard; planes that it does not need stay where they are."""
+        if self.needs(state.planes):
+            super().apply(weight, state)
+        else:
+            with torch.no_grad():
+                self.update_record(weight, Record(0, weight.numel(), {}))
 
     def update_record(self, weight: Tensor, record: Record) -> None:
         """Fill a range of elements."""
@@ -84,11 +105,16 @@ def load_weights(engine: Engine, state: ShardedStateDict, strict: bool = True) -
     _verify(engine, source, [m for found in moves.values() for m in found], [source.manifest.module])
 
     def put(move: Move, weight: Tensor, planes: dict[str, Tensor]) -> None:
-        set_master(weight, planes, state.read(move.source, move.first, move.first + move.numel).to(weight.device))
+        master = weight if weight.dtype == torch.float32 else planes.get("master")
+        if master is None:
+            master = state.read(move.source, move.first, move.first + move.numel).to(weight.device)
+        else:
+            state.fill(move.source, move.first, master)
+        set_master(weight, planes, master)
 
     # All ranks update the same buffers, also those of which one has nothing but padding.
     found = [b for u in engine.units for b in u.buffers if any(n in state and n in source.locations for n in b.names)]
-    _apply(engine, [(b, Load(moves[id(b)], put)) for b in found])
+    _apply(engine, [(b, Load(moves[id(b)], put, weights_only=True)) for b in found])
     # A buffer of the checkpoint may be something here that the engine does not keep: others draw the line elsewhere.
     kept = {n for n in source.locations if isinstance(p := expected.get(n), nn.Parameter) and engine.places_of(p)}
     others = {n: state[n] for n in state if n in expected and n not in kept}
@@ -237,7 +263,7 @@ def _putter(source: Checkpoint, planes: Sequence[str]) -> Callable[[Move, Tensor
     def put(move: Move, weight: Tensor, found: dict[str, Tensor]) -> None:
         for plane in planes:
             if plane in move.source.planes:
-                found[plane].copy_(source.plane(move.source, plane, move.first, move.first + move.numel))
+                source.fill(move.source, plane, move.first, found[plane])
             else:
                 found[plane].zero_()
 

@@ -77,6 +77,7 @@ class Checkpoint:
         self.infos = {info.path: info for info in self.manifest.files}
         self.locations = self.manifest.locations()
         self._readers: dict[str, Reader] = {}
+        self._verified: set[str] = set()
 
     def __enter__(self) -> Checkpoint:
         """Return itself."""
@@ -99,7 +100,7 @@ class Checkpoint:
         return self._readers[name]
 
     def verify(self, names: Iterable[str]) -> None:
-        """Compare files with their checksums.
+        """Compare files with their checksums, each once for as long as the checkpoint is open.
 
         Raises:
             CheckpointError: With the first block that is damaged.
@@ -107,8 +108,9 @@ class Checkpoint:
         for name in names:
             if name == self.manifest.trainer:
                 verified(self.folder, self.infos[name])
-            else:
+            elif name not in self._verified:
                 self.reader(name).verify()
+                self._verified.add(name)
 
     # ------------------------------------------------------------------ ranges of planes
 
@@ -123,16 +125,26 @@ class Checkpoint:
 
     def plane(self, buffer: Buffer, plane: str, start: int, stop: int) -> Tensor:
         """Return the elements ``[start, stop)`` of a plane."""
-        parts = []
-        for name, low, high in self.pieces(buffer, start, stop):
-            part = self.reader(name).read(f"{buffer.name}/{plane}", low, high)
-            if part.dtype != DTYPES[buffer.planes[plane]]:
+        found = torch.empty(stop - start, dtype=DTYPES[buffer.planes[plane]])
+        self.fill(buffer, plane, start, found)
+        return found
+
+    def fill(self, buffer: Buffer, plane: str, start: int, out: Tensor) -> None:
+        """Fill a tensor, of any dtype and device, with the elements of a plane from ``start`` on."""
+        wanted = DTYPES[buffer.planes[plane]]
+        if out.dtype != wanted or not out.is_cpu or not out.is_contiguous():
+            out.copy_(self.plane(buffer, plane, start, start + out.numel()))
+            return
+        at = 0
+        for name, low, high in self.pieces(buffer, start, start + out.numel()):
+            reader, tensor = self.reader(name), f"{buffer.name}/{plane}"
+            if reader.dtype(tensor) != wanted:
                 raise CheckpointError(
-                    f"{self.url}/{name}: plane {plane!r} of {buffer.name!r} is {part.dtype}, and the manifest has "
-                    f"{buffer.planes[plane]}"
+                    f"{self.url}/{name}: plane {plane!r} of {buffer.name!r} is {reader.dtype(tensor)}, and the "
+                    f"manifest has {buffer.planes[plane]}"
                 )
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+            reader.fill(tensor, low, out[at : at + high - low])
+            at += high - low
 
     def master(self, buffer: Buffer, start: int, stop: int) -> Tensor:
         """Return the float32 masters of the elements ``[start, stop)``."""
@@ -154,6 +166,15 @@ class Checkpoint:
         if averages is None or averages.swapped == average or PLANE not in buffer.planes:
             return self.master(buffer, start, stop)
         return self.plane(buffer, PLANE, start, stop)
+
+    def fill_values(self, buffer: Buffer, start: int, out: Tensor, averages: Averages | None, average: bool) -> None:
+        """Fill a float32 tensor with what :meth:`values` would return, without a copy where a plane has just that."""
+        if averages is not None and averages.swapped != average and PLANE in buffer.planes:
+            self.fill(buffer, PLANE, start, out)
+        elif "residual" in buffer.planes:
+            out.copy_(self.master(buffer, start, start + out.numel()))
+        else:
+            self.fill(buffer, "master" if "master" in buffer.planes else "weight", start, out)
 
     # ------------------------------------------------------------------ whole things
 
@@ -251,6 +272,10 @@ class ShardedStateDict(dict[str, Any]):
     def read(self, buffer: Buffer, start: int, stop: int) -> Tensor:
         """Return the float32 values of the elements ``[start, stop)`` of a buffer of the checkpoint."""
         return self.source.values(buffer, start, stop, self.averages, average=True)
+
+    def fill(self, buffer: Buffer, start: int, out: Tensor) -> None:
+        """Fill a float32 tensor with the values of elements of a buffer of the checkpoint, from ``start`` on."""
+        self.source.fill_values(buffer, start, out, self.averages, average=True)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without reading it."""

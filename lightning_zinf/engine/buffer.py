@@ -186,9 +186,19 @@ class FlatBuffer:
         """Start to bring the weights; return False if there is no slot for them now and ``force`` is not set."""
         if not self.weights.start(force=force, pending=bool(self.pending)):
             return False
-        if (self.pending or self.context.updates_soon(self)) and self.state is not None:
-            self.state.prefetch()
+        self.prefetch_state()
         return True
+
+    def prefetch_state(self, *, before_step: bool = False) -> None:
+        """Start to fetch the state that updates need, as far as staging has room.
+
+        Args:
+            before_step: See :meth:`lightning_zinf.engine.units.Unit.prefetch_state`.
+        """
+        if self.state is not None:
+            pending = any(update.needs(self.state.planes) for update in self.pending)
+            if before_step or pending or self.context.updates_soon(self):
+                self.state.prefetch()
 
     @property
     def collected(self) -> bool:

@@ -111,8 +111,7 @@ class Unit:
                 that the coming optimizer step is expected to leave.
         """
         for buffer in self.buffers:
-            if buffer.state is not None and (before_step or buffer.pending or buffer.context.updates_soon(buffer)):
-                buffer.state.prefetch()
+            buffer.prefetch_state(before_step=before_step)
 
     def expected(self) -> set[tuple[int, int]]:
         """Return the parameters whose gradients complete the unit's backward."""

@@ -62,6 +62,10 @@ class Update(ABC):
                 self.done = record.stop
             self.finish()
 
+    def needs(self, planes: Sequence[str]) -> bool:
+        """Whether it reads or changes any of these planes of the shard."""
+        return bool(planes)
+
     @abstractmethod
     def update_record(self, weight: Tensor, record: Record) -> None:
         """Update a range of elements.
