@@ -8,7 +8,10 @@ much longer the steps after it take than others, until the checkpoint is complet
     python benchmarks/checkpoint.py --deepspeed ~/ds/bin/python   # DeepSpeed too, of another environment
 
 Everything is written to one folder, by turns, and synced: torch.save and DCP leave that to the kernel, so a sync of the
-file system follows them, inside of their time (for what is saved in the background, after it). Consolidation runs in a
+file system follows them, inside of their time (for what is saved in the background, after it). What the round before
+wrote is removed first, outside of the time. Beside them is what the disk does with as many bytes past the page cache,
+from four requests at a time: written, which is what saving state in memory takes, and read and written, which is what
+saving state on NVMe takes. Consolidation runs in a
 process of its own; its memory is the peak of what is anonymous (RssAnon). DeepSpeed (ZeRO-3) has a process of its own;
 its zero_to_fp32 writes the weights alone, so ours is measured with --weights-only too.
 """
@@ -24,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -232,8 +236,12 @@ def report(args: argparse.Namespace, folder: Path) -> None:
 
     deepspeed = DeepSpeed.find(args, folder / "deepspeed")
     for _ in range(args.rounds):
+        for old in ("torch.pt", "dcp", *(f"{tier}.ckpt" for tier in ours)):
+            remove(folder / old)
+        os.sync()
         note("save: write and fsync of as many bytes", timed(lambda: raw_write(folder / "raw", nbytes)))
-        note("save: direct write of as many bytes", timed(lambda: direct_write(folder / "direct", nbytes)))
+        note("save: direct write of as many bytes", direct_write(folder / "direct", nbytes))
+        note("save: direct read and write of as many bytes", direct_copy(folder / "direct", nbytes))
         note("save: torch.save", timed(synced(lambda: torch.save(state, folder / "torch.pt"))))
         note("save: DCP", timed(synced(lambda: dcp.save(state, checkpoint_id=folder / "dcp"))))
         for tier, kept in ours.items():
@@ -255,13 +263,13 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     if deepspeed is not None:
         deepspeed.close()
     base = statistics.median(times["save: torch.save"])
-    print(f"{'':<42}{'s':>8}{'GB/s':>8}{'x torch.save':>14}")
+    print(f"{'':<46}{'s':>8}{'GB/s':>8}{'x torch.save':>14}")
     for name, found in times.items():
         median = statistics.median(found)
-        print(f"{name:<42}{median:>8.2f}{nbytes / median / 1e9:>8.2f}{median / base:>14.2f}")
+        print(f"{name:<46}{median:>8.2f}{nbytes / median / 1e9:>8.2f}{median / base:>14.2f}")
     print("\nanonymous memory at most (the budget of zinf is 256 MiB):")
     for name, peak in peaks.items():
-        print(f"{name:<42}{peak / 2**20:>8.0f} MiB")
+        print(f"{name:<46}{peak / 2**20:>8.0f} MiB")
     report_background(args, folder, model, optimizer, ours)
     for engine, _, _ in ours.values():
         engine.context.close()
@@ -300,17 +308,27 @@ def report_background(
             os.sync()
             found[name].append((call, steps - args.steps * alone, whole, alone))
     print(f"\nin the background, while {args.steps} steps are taken:\n")
-    print(f"{'':<32}{'call s':>9}{'x DCP':>8}{'more in the steps s':>21}{'complete after s':>18}{'step alone s':>14}")
+    print(
+        f"{'':<32}{'first call s':>13}{'call s':>9}{'x DCP':>8}{'more in the steps s':>21}{'complete after s':>18}{'step alone s':>14}"
+    )
     base = statistics.median(row[0] for row in next(iter(found.values())))
     for name, rows in found.items():
         call, more, whole, alone = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"{name:<32}{call:>9.3f}{call / base:>8.2f}{more:>21.2f}{whole:>18.2f}{alone:>14.2f}")
+        print(f"{name:<32}{rows[0][0]:>13.3f}{call:>9.3f}{call / base:>8.2f}{more:>21.2f}{whole:>18.2f}{alone:>14.2f}")
 
 
-def direct_write(path: Path, nbytes: int) -> None:
-    """Write past the page cache from four threads' worth of requests, and sync."""
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def direct_write(path: Path, nbytes: int) -> float:
+    """Write past the page cache from four threads' worth of requests, and sync; return the seconds."""
     block = host_empty(4 * 2**20)
     block.view(torch.float32).normal_()
+    start = time.perf_counter()
     with File(path, nbytes, unlink=False) as file, IOEngine(threads=4) as engine:
         tickets = [
             engine.write(file, at, block) for at in range(0, nbytes // block.numel() * block.numel(), block.numel())
@@ -318,7 +336,29 @@ def direct_write(path: Path, nbytes: int) -> None:
         for ticket in tickets:
             ticket.wait()
         file.fsync()
+    return time.perf_counter() - start
+
+
+def direct_copy(path: Path, nbytes: int) -> float:
+    """Read a file and write another, both past the page cache, and sync; remove both, and return the seconds."""
+    size = 4 * 2**20
+
+    def carry(number: int) -> None:
+        block = host_empty(size)
+        for at in range(number * size, nbytes // size * size, 4 * size):
+            engine.read(source, at, block).wait()
+            engine.write(into, at, block).wait()
+
+    other = path.with_name("direct-copy")
+    start = time.perf_counter()
+    with File.open(path) as source, File(other, nbytes, unlink=False) as into, IOEngine(threads=4) as engine:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(carry, range(4)))
+        into.fsync()
+    seconds = time.perf_counter() - start
     path.unlink()
+    other.unlink()
+    return seconds
 
 
 def raw_write(path: Path, nbytes: int) -> None:
