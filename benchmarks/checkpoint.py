@@ -308,9 +308,9 @@ def report_background(
             os.sync()
             found[name].append((call, steps - args.steps * alone, whole, alone))
     print(f"\nin the background, while {args.steps} steps are taken:\n")
-    print(
-        f"{'':<32}{'first call s':>13}{'call s':>9}{'x DCP':>8}{'more in the steps s':>21}{'complete after s':>18}{'step alone s':>14}"
-    )
+    columns = {"first call s": 13, "call s": 9, "x DCP": 8, "more in the steps s": 21, "complete after s": 18}
+    columns["step alone s"] = 14
+    print(f"{'':<32}" + "".join(f"{column:>{width}}" for column, width in columns.items()))
     base = statistics.median(row[0] for row in next(iter(found.values())))
     for name, rows in found.items():
         call, more, whole, alone = (statistics.median(column) for column in zip(*rows, strict=True))

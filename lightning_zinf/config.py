@@ -159,7 +159,8 @@ class CheckpointConfig:
             at the latest when the next one is saved, when a checkpoint is loaded, and when ``fit`` ends. What goes
             wrong is raised by a later step. ``False`` waits for each one.
         copy_bytes: Host memory in bytes for copies of what training changes before it has been written; beyond that,
-            training waits. ``None`` takes a quarter of the free memory, shared by the processes of a machine.
+            training waits. ``None`` takes a quarter of the free memory, shared by the processes of a machine. What
+            copies of float32 weights took is kept for the next save while it is no more than that quarter.
     """
 
     async_save: bool = True
