@@ -36,6 +36,7 @@ from lightning_zinf.config import (
 )
 from lightning_zinf.engine.construction import paged_construction
 from lightning_zinf.engine.partition import describe_activations, engine_of, forget, partition, tiers
+from lightning_zinf.engine.shared_pages import SharedPager
 from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
 from lightning_zinf.planning.report import memory_text
@@ -158,6 +159,7 @@ class ZinfStrategyBody(CheckpointsPart):
         self._failed = False
         self._joined = False
         self._signals = None
+        self._building: SharedPager | None = None
         self.offload_params: Offload = offload_params
         self.offload_optimizer: Offload = offload_optimizer
         self.activation_checkpointing = activation_checkpointing
@@ -261,7 +263,11 @@ class ZinfStrategyBody(CheckpointsPart):
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:  # type: ignore[override,unused-ignore]
         """Page parameters as ``configure_model`` makes them."""
-        with paged_construction(self._partition_config(), 1 if self._alone else self.num_processes):
+        config, ranks = self._partition_config(), None
+        if config.stage == 3 and self._engine is None:  # else the module is built, and its engine talks to other ranks
+            ranks = self._ranks()
+        with paged_construction(config, 1 if self._alone else self.num_processes, ranks) as pager:
+            self._building = pager if isinstance(pager, SharedPager) else None
             yield
 
     def setup(self, trainer: "Trainer") -> None:
@@ -307,6 +313,9 @@ class ZinfStrategyBody(CheckpointsPart):
             more = tuple(p for c in module.trainer.callbacks for p in getattr(c, "state_planes", ()))  # type: ignore[attr-defined]
             planes = {i: p + more for i, p in planes_of(optimizers, rules).items()} if bind else None
             engine = partition(module, config, trained, ranks, planes)
+            if self._building is not None:
+                self._building.give_back()
+        self._building = None
         self._joined = True
         if bind:
             assert engine is not None
@@ -381,6 +390,7 @@ class ZinfStrategyBody(CheckpointsPart):
     def on_exception(self, exception: BaseException) -> None:
         """Get the engine ready for whatever comes next."""
         self._release_signals()
+        self._building = None
         if self._engine is not None:
             self._end_measuring()
             self._engine.reset()

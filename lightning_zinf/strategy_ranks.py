@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_zinf.comm.group import Ranks, ranks_of
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import engine_of
+from lightning_zinf.engine.shared_pages import SharedPager
 from lightning_zinf.loaders import EvenLoader, needs_agreement
 from lightning_zinf.signals import DeferredSignals
 
@@ -32,6 +33,7 @@ class RanksPart(_Base):
     _failed: bool
     _joined: bool
     _signals: DeferredSignals | None
+    _building: SharedPager | None
 
     @property
     def engine(self) -> Engine:
@@ -96,6 +98,9 @@ class RanksPart(_Base):
         return ranks_of(self.shard_size, self._timeout or timedelta(days=1), self.num_processes)
 
     def _meet(self, place: str) -> None:
+        if self._building is not None:
+            self._building.meet(place)
+            return
         engine = self._engine
         if engine is None or self._failed:
             return

@@ -8,7 +8,8 @@ a round: each says what it is up to, and all draw the same conclusion from what 
 
 - **want**: this rank needs units. Everybody takes part in gathering the union of what is wanted, wanted by himself or
   not, and those who wanted look whether they have all now.
-- **pause**: this rank is at the end of a frame. It serves others for as long as any wants something, then goes on.
+- **pause**: this rank is at the end of a frame. It serves others for as long as any wants something, then goes on. It
+  may look whether all ranks pause at the same place (``agree``).
 - **meet**: this rank is at a place where all have to be (the end of a backward, an optimizer step, a barrier). It
   serves, and stays through pauses of others, until all ranks are at the same place. If all stand still at different
   places, everybody raises, with all places named.
@@ -151,6 +152,19 @@ class Rounds:
                 self.channel.broken = reason
                 raise ChannelError(reason)
             return [m.payload for m in messages]
+
+    def agree(self, place: str, payload: bytes = b"") -> list[bytes] | None:
+        """Serve the others while any of them wants something; then see whether all ranks are at ``place`` by now.
+
+        Returns:
+            What each rank brought, by rank, or None if some are elsewhere. None is waited for then.
+        """
+        while True:
+            messages = self._round(Message(Kind.PAUSE, (), place, payload))
+            if self._serve(messages):
+                continue
+            together = all(m.kind is Kind.PAUSE and m.place == place for m in messages)
+            return [m.payload for m in messages] if together else None
 
     def _round(self, message: Message) -> list[Message]:
         self.count += 1

@@ -21,6 +21,7 @@ from lightning_zinf.engine.drafts import COMPUTE_DTYPES, Draft, check_parameters
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.placing import give_weights, make_rings, settle
 from lightning_zinf.engine.recompute import modules_to_recompute
+from lightning_zinf.engine.shared_pages import pagers_with_pages
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
 from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes, stack_bytes
@@ -86,6 +87,7 @@ def partition(
     check_parameters(root, trained_ids)
     counters = Counters()
     comm = None if ranks is None or ranks.world_size == 1 else Collectives(ranks, counters)
+    pagers = [] if ranks is None else [pager for pager in pagers_with_pages() if pager.join(ranks).compare(root)]
     free = _free_everywhere(config.device, comm, stack_bytes(config.io.threads * len(config.nvme_paths)))
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
     tiled = _tiled(root, config, free, cpu)
@@ -105,6 +107,8 @@ def partition(
         with large_blocks_apart():
             units = builder.build(plans)
             context.drop_scratch()
+            for pager in pagers:
+                pager.give_back()
         store = open_store(config, context, free.host)
     except BaseException:
         context.close()

@@ -111,6 +111,10 @@ class _Weights:
         """Whether the slot is filled, or will be without another call."""
         return self.slot is not None and (self.whole or self._gathering is not None)
 
+    def drop(self) -> None:
+        """Let go the memory that the shard rests in; there are no weights any more."""
+        self._home = None
+
     def claim(self) -> None:
         """Take a slot whose content does not matter, to be filled from the outside."""
         if self.slot is None:

@@ -1,0 +1,103 @@
+"""A model that the ranks build together: each holds its slices and a budget, and has the values that it always had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import buildings
+import pytest
+import torch
+from buildings import MODELS, WEIGHT
+from oracle import bits
+from pool import pool
+from torch import Tensor
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        assert torch.equal(bits(found[name]), bits(value)), name
+
+
+def check(size: int, name: str, offload: str, seeds: bool, folder: Path, stage: int = 3, **options: Any) -> None:
+    expected, generator = buildings.plainly(name)
+    found = pool(size).run(buildings.build, folder, name, offload, options, seeds, stage)
+    for rank, seen in enumerate(found):
+        assert seen["names"] == list(expected)
+        assert_equal(seen["partitioned"], expected)
+        if rank == 0 or not seeds:
+            assert_equal(seen["built"], expected)
+            assert torch.equal(seen["generator"], generator)
+
+
+@pytest.mark.parametrize("offload", ["none", "nvme"])
+@pytest.mark.parametrize("name", MODELS)
+def test_values_and_random_numbers_are_those_of_plain_construction(name: str, offload: str, tmp_path: Path) -> None:
+    check(2, name, offload, False, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["deep", "late"])
+def test_rank_0_s_draw_wins(name: str, tmp_path: Path) -> None:
+    check(2, name, "cpu", True, tmp_path)
+
+
+@pytest.mark.parametrize("seeds", [False, True])
+def test_four_ranks(seeds: bool, tmp_path: Path) -> None:
+    check(4, "deep", "none", seeds, tmp_path)
+    check(4, "late", "nvme", seeds, tmp_path, shard_size=2)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stages_that_keep_weights_whole_build_them_whole(stage: int, tmp_path: Path) -> None:
+    expected, _ = buildings.plainly("deep")
+    for seen in pool(2).run(buildings.build, tmp_path, "deep", "none", {}, True, stage):
+        assert seen["pages"] == 0
+        assert_equal(seen["partitioned"], expected)
+
+
+def test_parameters_larger_than_the_budget(tmp_path: Path) -> None:
+    """Two of them in one operation do not drive each other out."""
+    check(2, "late", "none", False, tmp_path, budget=WEIGHT // 2)
+    check(2, "deep", "nvme", True, tmp_path, budget=WEIGHT // 2)
+
+
+@pytest.mark.parametrize("kind", ["read", "write", "lost write"])
+def test_what_one_rank_does_alone(kind: str, tmp_path: Path) -> None:
+    """What rank 0 makes of a parameter is what counts, as if it were sent at the end."""
+    expected, _ = buildings.plainly("late")
+    if kind == "write":
+        expected["blocks.0.weight"].fill_(5.0)
+    for seen in pool(2).run(buildings.unequal, tmp_path, kind):
+        assert_equal(seen["values"], expected)
+        assert seen["said"] == []
+        if kind == "read":
+            assert seen["read"] == float(expected["blocks.0.weight"].sum())
+
+
+@pytest.mark.parametrize("kind", ["throwaway", "throwaway of the same kind", "throwaway, then a barrier"])
+def test_what_one_rank_builds_alone_has_each_build_its_own(kind: str, tmp_path: Path) -> None:
+    expected, _ = buildings.plainly("late")
+    for seen in pool(2).run(buildings.unequal, tmp_path, kind):
+        assert_equal(seen["values"], expected)
+        assert seen["said"]
+
+
+def test_an_exception_on_one_rank_reaches_all(tmp_path: Path) -> None:
+    said = pool(2).run(buildings.fail, tmp_path)
+    assert said[1] == "broken on purpose"
+    assert "rank 1 stopped in configure_model with RuntimeError: broken on purpose" in said[0]
+
+
+def test_parameters_outside_of_the_model_become_ordinary(tmp_path: Path) -> None:
+    expected, _ = buildings.plainly("plain")
+    for was_cut, values, pages in pool(2).run(buildings.outside, tmp_path):
+        assert was_cut
+        assert pages == 0
+        assert_equal(values, expected)
+
+
+def test_setting_up_again_after_a_failure(tmp_path: Path) -> None:
+    expected, _ = buildings.plainly("plain")
+    for said, values in pool(2).run(buildings.partition_again, tmp_path):
+        assert "float64" in said
+        assert_equal(values, expected)
