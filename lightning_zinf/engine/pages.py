@@ -143,14 +143,16 @@ class ConstructionPager:
         for page in pages:
             self._open.pop(page, None)
             if page.bound != "compute":
-                page.start(force=True)
-                if self.context.comm is not None:
-                    page.collect()
-                page.load()
+                self._fetch(page)
                 page.bind()
             self._open[page] = None
         if not again:
             self._gone = set(self._let_go_beyond(self._budget, pages))
+
+    def _fetch(self, page: FlatBuffer) -> None:
+        """Have the values of a page in its slot."""
+        page.start(force=True)
+        page.load()
 
     def _let_go_beyond(self, nbytes: int, needed: Iterable[FlatBuffer]) -> list[FlatBuffer]:
         """Close pages that nobody sees, oldest first, until the others have no more than ``nbytes``."""

@@ -22,11 +22,11 @@ import struct
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_zinf import parameters as paging
 from lightning_zinf.comm.channel import ChannelError
@@ -36,14 +36,15 @@ from lightning_zinf.config import IOConfig
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.pages import ConstructionPager, changed_kind, shares_memory
 from lightning_zinf.engine.residence import AliasedWeights
+from lightning_zinf.memory.slots import use_count
 from lightning_zinf.ops import host_empty
 
 SHARED_BUDGET = 16 * 2**20
 """Bytes of whole parameters, ordinary or back, that a rank keeps beside its slices."""
 _FIRST_PAGE = 1 << 30
 """Pages have numbers from here on when ranks agree on them: no unit of an engine has one of these."""
-_PATIENCE = 0.01
-"""Seconds to wait for others to drop a page."""
+_PATIENCE = 1.0
+"""Most seconds to wait for gloo to drop what it has sent: it always does, and less is free until then."""
 _BUSY, _SPARE, _CHANGED = range(3)
 _GONE, _MEMORY_SHARED, _READY = range(3)
 
@@ -127,7 +128,6 @@ class SharedPager(ConstructionPager):
         self._turns += 1
         self._shared[index], self._indices[page] = page, index
         _WITH_PAGES[id(self)] = self
-        assert self.context.comm is not None
         if self.kept_bytes + page.shard_bytes <= self._memory:
             self._keep_slice(page, param)
         else:
@@ -136,22 +136,28 @@ class SharedPager(ConstructionPager):
             page.weights = AliasedWeights(page, None, self.context.nvme.allocate(page.shard_bytes))
             page.weights.claim()
             page.weights.flat()[: param.numel()].copy_(param.data.reshape(-1))
-            self.context.comm.broadcast(page.weights.flat())
+            self._send(page.weights.flat())
             page.weights.store()
         page.adopt(keep=True)
         page.unbind()
 
     def _keep_slice(self, page: FlatBuffer, param: nn.Parameter) -> None:
         """Keep this rank's slice of rank 0's value, which needs no slot."""
-        assert self.context.comm is not None
         home = host_empty(page.shard_bytes, huge_pages=False).view(page.compute_dtype)
         flat = param.data.reshape(-1)
-        self.context.comm.broadcast(flat)
+        self._send(flat)
         start, stop = page.shard_range
         part = flat[start:stop]
         home[: part.numel()].copy_(part)
         page.weights = AliasedWeights(page, None, None, home)
         self.kept_bytes += page.shard_bytes
+
+    def _send(self, flat: Tensor) -> None:
+        """Give all ranks rank 0's values."""
+        assert self.context.comm is not None
+        count = use_count(flat)
+        self.context.comm.broadcast(flat)
+        _wait_while(lambda: use_count(flat) > count)
 
     def _open_store(self) -> None:
         """Nothing goes to NVMe before memory for slices is used up."""
@@ -164,6 +170,14 @@ class SharedPager(ConstructionPager):
             self.rounds.want(self._missing, list, "a parameter of the model under construction")
         finally:
             self._wanted = []
+
+    def _fetch(self, page: FlatBuffer) -> None:
+        page.start(force=True)
+        page.collect()
+        page.load()
+        slot = page.weights.slot
+        assert slot is not None
+        _wait_while(lambda: slot.visible)  # to nobody but gloo: else a page that nobody uses would seem to be in use
 
     def _missing(self) -> list[Want]:
         return [Want(self._indices[page]) for page in self._wanted if page.bound != "compute"]
@@ -198,20 +212,14 @@ class SharedPager(ConstructionPager):
         return closed
 
     def _state_of(self, page: FlatBuffer) -> int:
-        if page in self._wanted:
+        if page in self._wanted or page.seen:
             return _BUSY
-        deadline = time.monotonic() + _PATIENCE
-        while page.seen:  # by a thread of gloo's maybe, which drops what it gathered when it comes to it
-            if time.monotonic() > deadline:
-                return _BUSY
-            time.sleep(_PATIENCE / 20)
         return _CHANGED if changed_kind(page) else _SPARE
 
     def _close(self, page: FlatBuffer) -> None:
-        assert self.context.comm is not None
         self._open.pop(page)
         page.take_in()
-        self.context.comm.broadcast(page.weights.flat())
+        self._send(page.weights.flat())
         page.weights.store()
         page.unbind()
 
@@ -274,6 +282,13 @@ class SharedPager(ConstructionPager):
                 values = param.data
                 self.retire(page)
                 param.data = values
+
+
+def _wait_while(held: Callable[[], bool]) -> None:
+    """Wait until a thread of gloo's has come to drop a tensor, some time after the collective is done."""
+    deadline = time.monotonic() + _PATIENCE
+    while held() and time.monotonic() < deadline:
+        time.sleep(0.0002)
 
 
 def pagers_with_pages() -> list[SharedPager]:

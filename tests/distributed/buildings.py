@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ from lightning_zinf.engine.construction import paged_construction, shared_budget
 from lightning_zinf.engine.partition import partition
 from lightning_zinf.engine.shared_pages import SharedPager
 from lightning_zinf.layout import FlatLayout
-from lightning_zinf.parameters import Released
+from lightning_zinf.parameters import Released, owner_of
 
 SIDE = 192
 WEIGHT = SIDE * SIDE * 4
@@ -101,7 +101,7 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 
 def slices_of(model: nn.Module, size: int) -> int:
     """Return the bytes of one rank's slices of the parameters that are cut."""
-    cut = [p for p in model.parameters() if isinstance(p, Released)]
+    cut = [p for p in model.parameters() if owner_of(p) is not None]
     return sum(FlatLayout.build([tuple(p.shape)], p.dtype.itemsize, size).shard_numel * p.dtype.itemsize for p in cut)
 
 
@@ -255,50 +255,38 @@ def partition_again(rank: int, size: int, folder: Path) -> tuple[str, dict[str, 
 # ---------------------------------------------------------------------- memory
 
 
-class _Sampler:
-    """Follows the resident memory of this process by its high-water mark."""
+def _memory(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
 
-    def __enter__(self) -> _Sampler:
+
+def _peak(*, reset: bool = False) -> int:
+    """Return the most resident memory that this process has had since the last reset."""
+    peak = _memory("VmHWM")
+    if reset:
         Path("/proc/self/clear_refs").write_text("5")
-        self.before = self._field("VmRSS")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.grown = self._field("VmHWM") - self.before
-
-    @staticmethod
-    def _field(name: str) -> int:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:"))
-        return int(line.split()[1]) * 1024
+    return peak
 
 
-def measure(
-    rank: int, size: int, folder: Path, layers: int, width: int, offload: str, together: bool
-) -> dict[str, int]:
-    """Build and partition a model of ``layers`` matrices; return its bytes and what memory grew by at most."""
-    assert threading.active_count() >= 1
+def measure(rank: int, size: int, folder: Path, layers: int, width: int, offload: str) -> dict[str, int]:
+    """Build and partition a row of matrices; return what memory grew by at most until each was done, and the slots."""
     io = IOConfig(tile_numel=4096, threads=2, backend="threads")
-    slots = MemoryConfig(device_bytes=4 * width * width * 4)
-    config = PartitionConfig(torch.device("cpu"), "32-true", offload, "cpu", str(folder / "nvme"), memory=slots, io=io)
+    memory = MemoryConfig(device_bytes=4 * width * width * 4)
+    config = PartitionConfig(torch.device("cpu"), "32-true", offload, "cpu", str(folder / "nvme"), memory=memory, io=io)
     ranks = ranks_of(None, PATIENCE, size)
-
-    def make(layers: int, width: int) -> nn.Module:
-        return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
-
-    for attempt in range(2):  # the first one takes what imports and first calls take
-        count, side = (layers, width) if attempt else (4, 640)
-        with _Sampler() as building, paged_construction(config, size, ranks if together else None):
-            model = make(count, side)
-        with _Sampler() as whole:
-            engine = partition(model, config, (), ranks)
-        shard = sum(b.weights.host_bytes for u in engine.units for b in u.buffers)
-        budget = sum(n for _, _, n in engine.context.pages())
-        engine.context.close()
+    found: dict[str, int] = {}
+    for count, side in ((4, 1100), (layers, width)):  # the first takes what imports and first calls take
+        gc.collect()
+        _peak(reset=True)
+        before = _memory("VmRSS")
+        with paged_construction(config, size, ranks) as pager:
+            model = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(count)])
+        assert pager is not None
+        found = {"building": _peak() - before, "pages": pager.pages}
+        engine = partition(model, config, (), ranks)
+        found["partitioning"] = _peak() - before
+        found["slots"] = sum(nbytes for _, _, nbytes in engine.context.pages())
+        found["shards"] = sum(b.weights.host_bytes for u in engine.units for b in u.buffers)
+        engine.dissolve()
         del model, engine
-    return {
-        "whole": layers * width * width * 4,
-        "building": building.grown,
-        "partitioning": whole.grown,
-        "shard": shard,
-        "slots": budget,
-    }
+    return found

@@ -13,6 +13,8 @@ from oracle import bits
 from pool import pool
 from torch import Tensor
 
+from lightning_zinf.engine.shared_pages import SHARED_BUDGET
+
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
@@ -101,3 +103,28 @@ def test_setting_up_again_after_a_failure(tmp_path: Path) -> None:
     for said, values in pool(2).run(buildings.partition_again, tmp_path):
         assert "float64" in said
         assert_equal(values, expected)
+
+
+def check_memory(size: int, offload: str, folder: Path) -> None:
+    """A rank grows by its slices, the budget, and copies of a weight: in the new layer, in gloo, and on their way.
+
+    Partitioning adds the slots for gathered weights, which training has too.
+    """
+    layers, width = 32, 1024
+    weight = width * width * 4
+    whole = layers * weight
+    for seen in pool(size).run(buildings.measure, folder, layers, width, offload):
+        assert seen["pages"] * weight >= whole - SHARED_BUDGET
+        slices = 0 if offload == "nvme" else whole // size
+        assert seen["building"] <= slices + SHARED_BUDGET + 2 * weight < whole
+        assert seen["partitioning"] <= slices + SHARED_BUDGET + seen["slots"] + 3 * weight < whole
+        assert seen["shards"] == slices
+
+
+@pytest.mark.parametrize("offload", ["none", "nvme"])
+def test_memory_of_two_ranks(offload: str, tmp_path: Path) -> None:
+    check_memory(2, offload, tmp_path)
+
+
+def test_memory_of_four_ranks(tmp_path: Path) -> None:
+    check_memory(4, "none", tmp_path)
