@@ -70,6 +70,11 @@ def halved() -> nn.Module:
     return model
 
 
+def narrow() -> nn.Module:
+    """Parameters that are bfloat16 from the start."""
+    return nn.Sequential(*[nn.Linear(SIDE, SIDE, dtype=torch.bfloat16) for _ in range(20)])
+
+
 def loaded() -> nn.Module:
     """A state dict is loaded into what was cut."""
     model = Deep()
@@ -83,6 +88,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "late": late,
     "plain": plain,
     "halved": halved,
+    "narrow": narrow,
     "loaded": loaded,
 }
 

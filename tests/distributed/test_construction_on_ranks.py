@@ -10,7 +10,7 @@ import pytest
 import torch
 from buildings import MODELS, WEIGHT
 from oracle import bits
-from pool import pool
+from pool import Pool, pool
 from torch import Tensor
 
 from lightning_zinf.engine.shared_pages import SHARED_BUDGET
@@ -43,10 +43,9 @@ def test_rank_0_s_draw_wins(name: str, tmp_path: Path) -> None:
     check(2, name, "cpu", True, tmp_path)
 
 
-@pytest.mark.parametrize("seeds", [False, True])
-def test_four_ranks(seeds: bool, tmp_path: Path) -> None:
-    check(4, "deep", "none", seeds, tmp_path)
-    check(4, "late", "nvme", seeds, tmp_path, shard_size=2)
+def test_four_ranks(tmp_path: Path) -> None:
+    check(4, "deep", "none", True, tmp_path)
+    check(4, "late", "nvme", True, tmp_path, shard_size=2)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -113,7 +112,12 @@ def check_memory(size: int, offload: str, folder: Path) -> None:
     layers, width = 32, 1024
     weight = width * width * 4
     whole = layers * weight
-    for seen in pool(size).run(buildings.measure, folder, layers, width, offload):
+    fresh = Pool(size)  # a heap with room that was used before does not give back what is freed
+    try:
+        found = fresh.run(buildings.measure, folder, layers, width, offload)
+    finally:
+        fresh.close()
+    for seen in found:
         assert seen["pages"] * weight >= whole - SHARED_BUDGET
         slices = 0 if offload == "nvme" else whole // size
         assert seen["building"] <= slices + SHARED_BUDGET + 2 * weight < whole
@@ -121,10 +125,11 @@ def check_memory(size: int, offload: str, folder: Path) -> None:
         assert seen["shards"] == slices
 
 
-@pytest.mark.parametrize("offload", ["none", "nvme"])
-def test_memory_of_two_ranks(offload: str, tmp_path: Path) -> None:
-    check_memory(2, offload, tmp_path)
+def test_memory_of_two_ranks(tmp_path: Path) -> None:
+    check_memory(2, "none", tmp_path)
 
 
-def test_memory_of_four_ranks(tmp_path: Path) -> None:
-    check_memory(4, "none", tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "offload"), [(2, "nvme"), (4, "none"), (4, "nvme")])
+def test_memory_of_more_ranks_and_on_nvme(size: int, offload: str, tmp_path: Path) -> None:
+    check_memory(size, offload, tmp_path)
