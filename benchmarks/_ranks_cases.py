@@ -168,13 +168,11 @@ class Zinf:
     def __init__(self, case: Case, shape: Shape, folder: str) -> None:
         from lightning_zinf.comm.group import ranks_of
         from lightning_zinf.config import PartitionConfig
+        from lightning_zinf.engine.construction import paged_construction
         from lightning_zinf.engine.partition import partition
         from lightning_zinf.optim.binding import OptimizerBinding
         from lightning_zinf.optimizers import planes_of, rules_of
 
-        self.model = make(shape)
-        self.loss = functools.partial(loss_of, shape=shape)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR)
         offload: Any = case.offload
         config = PartitionConfig(
             device=torch.device("cpu"),
@@ -184,6 +182,10 @@ class Zinf:
             stage=case.stage,
         )
         ranks = ranks_of(None, PATIENCE, case.world) if case.world else None
+        with paged_construction(config, max(1, case.world), ranks):  # as for configure_model
+            self.model = make(shape)
+        self.loss = functools.partial(loss_of, shape=shape)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR)
         planes = planes_of([self.optimizer], rules_of([self.optimizer]))
         self.engine = partition(self.model, config, list(self.model.parameters()), ranks, planes)
         self.binding = OptimizerBinding(self.optimizer, self.engine)

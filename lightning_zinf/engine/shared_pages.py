@@ -103,24 +103,24 @@ class SharedPager(ConstructionPager):
         nbytes = self._nbytes[number]
         param = self._drop(number)
         state = _GONE if param is None else _MEMORY_SHARED if shares_memory(param) else _READY
-        place = f"configure_model, where parameter {number} ({nbytes} bytes) is to be cut, after {self._history:08x}"
+        place = f"configure_model, where {nbytes} bytes are to be cut, after {self._history:08x}"
         answers = self.rounds.agree(place, bytes([state]))
         if answers is None:
+            _warn()
             self._part_ways(param)
         elif all(answer[0] == _READY for answer in answers):
             assert param is not None
             with torch.inference_mode(False), torch.no_grad():
                 self._page_out(param)
 
-    def _part_ways(self, param: nn.Parameter | None) -> None:
-        """The ranks build different things."""
+    def _part_ways(self, *more: nn.Parameter | None) -> None:
+        """The ranks build different things: what is ordinary here, and ``more``, is nothing to others."""
         self._together = False
-        _warn()
-        ordinary = [param, *(ref() for ref in self._live.values())]
+        ordinary = [*more, *(ref() for ref in self._live.values())]
         for number in list(self._live):
             self._drop(number)
-        for one in ordinary:
-            self._apart.seen(None, "", one)
+        for param in ordinary:
+            self._apart.seen(None, "", param)
 
     def _page_out(self, param: nn.Parameter) -> None:
         page = self._new_page(param)
@@ -226,8 +226,11 @@ class SharedPager(ConstructionPager):
     # ------------------------------------------------------------------ the end
 
     def meet(self, place: str) -> None:
-        """Serve other ranks until all are at ``place``."""
-        self.rounds.meet(place)
+        """Serve other ranks until all are at ``place``; if they built different things before, build together again."""
+        state = struct.pack("<?IQ", self._together, self._history, self._live_bytes)
+        if len(set(self.rounds.meet(place, state))) > 1:
+            self._part_ways()
+            self._together, self._history = True, 0
 
     def compare(self, root: nn.Module) -> bool:
         """Meet before a model is partitioned; if its parameters have not the same pages on all ranks, give all back.
@@ -298,7 +301,7 @@ def pagers_with_pages() -> list[SharedPager]:
 
 def _warn() -> None:
     warnings.warn(
-        "the ranks build different parameters in configure_model, so each of them has the rest of the model whole "
-        "until it is set up: let all ranks run the same code there",
+        "the ranks build different parameters in configure_model, so what they build until they next meet is whole on "
+        "each of them: let all ranks run the same code there, with a barrier after what one of them builds alone",
         stacklevel=3,
     )

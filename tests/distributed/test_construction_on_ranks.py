@@ -75,12 +75,20 @@ def test_what_one_rank_does_alone(kind: str, tmp_path: Path) -> None:
             assert seen["read"] == float(expected["blocks.0.weight"].sum())
 
 
-@pytest.mark.parametrize("kind", ["throwaway", "throwaway of the same kind", "throwaway, then a barrier"])
+@pytest.mark.parametrize("kind", ["throwaway", "throwaway of the same kind"])
 def test_what_one_rank_builds_alone_has_each_build_its_own(kind: str, tmp_path: Path) -> None:
     expected, _ = buildings.plainly("late")
     for seen in pool(2).run(buildings.unequal, tmp_path, kind):
         assert_equal(seen["values"], expected)
         assert seen["said"]
+
+
+@pytest.mark.parametrize("kind", ["throwaway, then a barrier", "small throwaway, then a barrier"])
+def test_after_a_barrier_ranks_build_together_again(kind: str, tmp_path: Path) -> None:
+    expected, _ = buildings.plainly("late")
+    for rank, seen in enumerate(pool(2).run(buildings.unequal, tmp_path, kind)):
+        assert_equal(seen["values"], expected)
+        assert bool(seen["said"]) == (rank == 0 and "small" not in kind)
 
 
 def test_an_exception_on_one_rank_reaches_all(tmp_path: Path) -> None:
