@@ -178,7 +178,7 @@ class Zinf:
             device=torch.device("cpu"),
             offload_params=offload,
             offload_optimizer=offload,
-            nvme_path=folder,
+            nvme_paths=(folder,),
             stage=case.stage,
         )
         ranks = ranks_of(None, PATIENCE, case.world) if case.world else None
