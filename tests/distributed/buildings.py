@@ -43,6 +43,7 @@ class Deep(nn.Module):
             self.late.weight.copy_(self.blocks[0].weight)
             self.blocks[5].weight.copy_(self.blocks[1].weight.t())  # neither is here
             self.blocks[2].weight[3] = 7.0
+            self.blocks[3].weight.add_(self.blocks[2].weight)  # of which one is here
         if init:
             self.apply(self.initialise)
 

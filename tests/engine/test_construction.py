@@ -234,3 +234,38 @@ def test_weights_that_stay_in_memory_are_not_watched(tmp_path: Path) -> None:
     with paged_construction(config_of(tmp_path, offload="none")) as pager:
         assert pager is None
         assert len(hooks) == before
+
+
+def test_two_pages_in_one_operation_do_not_drive_each_other_out(pager_of: Make) -> None:
+    expected, _ = expected_of(plain)
+    torch.manual_seed(3)
+    with paged_construction(pager_of(WEIGHT // 2)), torch.no_grad():
+        model = plain()
+        model[0].weight.sum()  # here when the next line begins, and the other is not
+        both = model[0].weight + model[1].weight
+        three = torch.stack([model[1].weight, model[4].weight, model[0].weight])
+    assert torch.equal(both, expected["0.weight"] + expected["1.weight"])
+    assert torch.equal(three, torch.stack([expected["1.weight"], expected["4.weight"], expected["0.weight"]]))
+
+
+def test_pages_that_are_made_another_dtype_keep_it(pager_of: Make) -> None:
+    expected = {name: value.to(torch.bfloat16) for name, value in expected_of(plain)[0].items()}
+    torch.manual_seed(3)
+    with paged_construction(pager_of(BUDGET)) as pager:
+        model = plain().to(torch.bfloat16)
+    assert pager is not None
+    assert pager.pages
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for name, param in model.named_parameters():
+        assert torch.equal(param.view(torch.int16), expected[name].view(torch.int16)), name
+
+
+def test_a_parameter_whose_memory_is_used_elsewhere_stays_ordinary(pager_of: Make) -> None:
+    with paged_construction(pager_of(BUDGET)) as pager:
+        first = nn.Linear(SIDE, SIDE)
+        kept = first.weight.data
+        model = nn.Sequential(first, *plain())
+        kept.fill_(7.0)
+    assert pager is not None
+    assert pager.pages
+    assert bool((model[0].weight == 7.0).all())
