@@ -50,6 +50,7 @@ _GONE, _MEMORY_SHARED, _READY = range(3)
 
 
 _WITH_PAGES: dict[int, SharedPager] = {}
+"""By id: all that a model to be set up may have parameters of."""
 
 
 class SharedPager(ConstructionPager):
@@ -255,7 +256,8 @@ class SharedPager(ConstructionPager):
             super().finish()
 
     def abandon(self, error: BaseException) -> None:
-        """This rank does not get to the end."""
+        """This rank does not get to the end, and others are told so; what was cut is lost, as the ways to them are."""
+        _WITH_PAGES.pop(id(self), None)
         text = f"rank {self.rounds.channel.rank} stopped in configure_model with {type(error).__name__}: {error}"
         self.rounds.channel.abort(text[:500])
 
@@ -273,7 +275,7 @@ class SharedPager(ConstructionPager):
         super().retire(page)
         page.weights.drop()
         if not self.pages:
-            _WITH_PAGES.pop(id(self))
+            _WITH_PAGES.pop(id(self), None)
 
     def give_back(self) -> None:
         """Make the pages that are left, of parameters outside of the model, ordinary parameters again on all ranks."""
