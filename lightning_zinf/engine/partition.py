@@ -98,6 +98,7 @@ def partition(
     model = describe_model(drafts, type(root).__name__)
     plan = make_plan(model, _machine(config, free, comm, aliased=cpu), options_of(config))
     present = _present_bytes(root, config.device)
+    present += sum(pager.kept_bytes for pager in pagers) if cpu else 0
     _refuse_what_does_not_fit(plan, present, training=bool(trained_ids))
     decision = plan.decision
     context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
