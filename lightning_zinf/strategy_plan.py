@@ -62,6 +62,7 @@ class PlanPart(RanksPart):
         if engine is not None and engine.profile is not None:
             self._complete_plan()
         self._end_measuring()
+        super().on_train_end()
 
     def _end_measuring(self) -> None:
         engine = self._engine
