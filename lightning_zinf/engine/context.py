@@ -62,6 +62,7 @@ class EngineContext:
         self._staging: SlotRing | None = None
         self._tiles: TileRing | None = None
         self._nvme: NvmeStore | None = None
+        self._spill: SlotRing | None = None
         self.activations: ActivationStore | None = None
         self.spare_copies: list[Tensor] = []  # host memory that a snapshot used, for the next one
         self._scratch: dict[torch.dtype, Tensor] = {}
@@ -108,6 +109,17 @@ class EngineContext:
         return self._nvme
 
     @property
+    def spills(self) -> bool:
+        """Whether gradients rest on NVMe between backward and the update."""
+        return self._spill is not None
+
+    @property
+    def spill(self) -> SlotRing:
+        """Staging for gradients on their way to NVMe and back."""
+        assert self._spill is not None
+        return self._spill
+
+    @property
     def has_nvme(self) -> bool:
         """Whether anything lives on NVMe."""
         return self._nvme is not None or (self.activations is not None and self.activations.nvme is not None)
@@ -139,12 +151,14 @@ class EngineContext:
         staging: SlotRing | None = None,
         tiles: TileRing | None = None,
         nvme: NvmeStore | None = None,
+        spill: SlotRing | None = None,
     ) -> None:
         """Put the parts in that the plan needs; what is not given stays as it is."""
         self._ring = ring or self._ring
         self._staging = staging or self._staging
         self._tiles = tiles or self._tiles
         self._nvme = nvme or self._nvme
+        self._spill = spill or self._spill
 
     def pages(self) -> list[tuple[str, str, int]]:
         """Return ``(what, tier, bytes)`` of the memory that pages pass through."""
@@ -155,13 +169,15 @@ class EngineContext:
             rows.append(("staging for weights", "host", self._staging.budget))
         if self._tiles is not None:
             rows.append(("staging for state", "host", self._tiles.nbytes))
+        if self._spill is not None:
+            rows.append(("staging for gradients", "host", self._spill.budget))
         if self.activations is not None and self.activations.nvme is not None:
             rows.append(("staging for activations", "host", self.activations.budget))
         return rows
 
     def drain(self) -> None:
         """Wait for everything under way to NVMe."""
-        for part in (self._tiles, self._ring, self._staging, self.activations):
+        for part in (self._tiles, self._ring, self._staging, self._spill, self.activations):
             if part is not None:
                 part.drain()
 
@@ -176,7 +192,7 @@ class EngineContext:
                 self.activations.close()
             self.activations = None
             self.spare_copies = []
-            self._nvme = self._ring = self._staging = self._tiles = None
+            self._nvme = self._ring = self._staging = self._tiles = self._spill = None
 
     def new_state(self, numel: int, planes: tuple[str, ...], tier: Tier, name: str) -> State:
         """Return zeroed state of ``numel`` elements on ``tier``, of the buffer ``name``."""

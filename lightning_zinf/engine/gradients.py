@@ -12,7 +12,8 @@ is moved to a float32 sum before the next one starts. In 32-bit training on a CP
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
     from lightning_zinf.engine.context import EventTicket
 
 
+class Source(Protocol):
+    """Gives gradients their values, which are elsewhere."""
+
+    def loaded(self) -> AbstractContextManager[None]:
+        """While this is open, they are there."""
+
+    def done(self) -> None:
+        """The update that they were collected for has been applied."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """The gradient of a parameter, or of the part of it that this rank's shard has.
@@ -35,11 +46,13 @@ class Piece:
         index: Number of the parameter in the buffer.
         start: Its first element in the shard.
         grad: The gradient, contiguous.
+        source: What gives ``grad`` its values, which has to be loaded first; None if it has them.
     """
 
     index: int
     start: int
     grad: Tensor
+    source: Source | None = None
 
 
 class Gradients(Protocol):
@@ -60,8 +73,14 @@ class Gradients(Protocol):
     def hide(self) -> None:
         """A backward has ended: let code that uses ``p.grad`` raise where that is not the gradient."""
 
+    def rest(self) -> None:
+        """The gradients of the unit are complete: bring them where they rest."""
+
     def sum_squares(self) -> bool:
         """Sum the squares of gradients that are complete; return False if they are still on their way."""
+
+    def squares_of(self, pieces: Sequence[Piece]) -> list[float | None]:
+        """Return the sum of squares of each of these collected gradients, None where it is not known."""
 
     def collect(self, indices: Collection[int], *, keep: bool) -> list[Piece]:
         """Return the gradient of every parameter among ``indices`` that has one.
@@ -93,6 +112,13 @@ class WholeGradients:
         self._tickets: list[EventTicket] = []
         self._plane: Tensor | None = None
         self._guarded: set[int] = set()
+
+    def rest(self) -> None:
+        """They are where they rest already."""
+
+    def squares_of(self, pieces: Sequence[Piece]) -> list[float | None]:
+        """See :meth:`Gradients.squares_of`."""
+        return [self.squares.of(p.index, p.grad) for p in pieces]
 
     @property
     def _stays(self) -> bool:

@@ -3,7 +3,8 @@
 Note [Guards]
 ~~~~~~~~~~~~~
 With several ranks a parameter's gradient is this rank's own until it is reduced, and a shard of everybody's after. With
-an accelerator it is in host memory, and under accumulation in bfloat16 most of it is in a float32 sum. That is not what
+an accelerator it is in host memory, where memory is short on NVMe, and under accumulation in bfloat16 most of it is in
+a float32 sum. That is not what
 code that reads or scales ``p.grad`` (``torch.nn.utils.clip_grad_norm_``) takes it for, and with None in its place such
 code would quietly do nothing. So a tensor is put there that answers what shape it has, and raises for everything else.
 """
@@ -41,8 +42,8 @@ class KeptGradient(Tensor):
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "a function")
         raise RuntimeError(
-            f"{name}: the zinf strategy keeps this gradient elsewhere (as shards over ranks, in host memory, or summed "
-            "in float32), so p.grad has no values. Clip with Trainer(gradient_clip_val=...) or "
+            f"{name}: the zinf strategy keeps this gradient elsewhere (as shards over ranks, in host memory, on NVMe, "
+            "or summed in float32), so p.grad has no values. Clip with Trainer(gradient_clip_val=...) or "
             "trainer.strategy.clip_grad_norm_(max_norm), and read the norm with trainer.strategy.grad_norm()"
         )
 

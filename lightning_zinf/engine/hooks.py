@@ -238,7 +238,7 @@ class Hooks:
 
     def _follows(self, unit: Unit) -> bool:
         """Whether something has to be done as soon as the gradients of a unit are complete."""
-        return unit.moves or not self.context.aliased or self.reducer is not None
+        return unit.moves or not self.context.aliased or self.reducer is not None or self.context.spills
 
     def _hook_gradients(self, units: Sequence[Unit], arrived: Callable[..., None]) -> None:
         engine = weakref.ref(self)  # hooks of tensors hide from the garbage collector what they hold
@@ -397,6 +397,8 @@ class Hooks:
                 reducer.complete(unit)
             elif self.context.norms_ahead:
                 self._sum_squares(unit)
+            for buffer in unit.buffers:
+                buffer.gradients.rest()
             if unit.index not in self._live():
                 self.pager.release(unit)
             self.pager.prefetch_states()

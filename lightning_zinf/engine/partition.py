@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.placing import give_weights, make_rings, settle
 from lightning_zinf.engine.recompute import modules_to_recompute
 from lightning_zinf.engine.shared_pages import pagers_with_pages
+from lightning_zinf.engine.spilled import SpilledGradients
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
 from lightning_zinf.memory.machine import free_device_bytes, free_disk_bytes, free_host_bytes, stack_bytes
@@ -96,9 +97,9 @@ def partition(
     plans = [*plans[:-1], *_plans_of_tiles(tiled), plans[-1]]
     drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
     model = describe_model(drafts, type(root).__name__)
-    plan = make_plan(model, _machine(config, free, comm, aliased=cpu), options_of(config))
     present = _present_bytes(root, config.device)
     present += sum(pager.kept_bytes for pager in pagers) if cpu else 0
+    plan = make_plan(model, _machine(config, free, comm, aliased=cpu), replace(options_of(config), present=present))
     _refuse_what_does_not_fit(plan, present, training=bool(trained_ids))
     decision = plan.decision
     context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
@@ -284,6 +285,8 @@ class _Builder:
         if draft.planes:
             buffer.state = context.new_state(buffer.shard_numel, draft.planes, state, label)
         self._settle(buffer, master)
+        if context.spills and draft.learns:
+            buffer.gradients = SpilledGradients(buffer)
         return buffer
 
     def _take_values(self, buffer: FlatBuffer) -> Tensor:

@@ -9,6 +9,9 @@ move the same, since gathering a unit takes all of them.
 
 Rings get the size that the new plan has, before planes move where they shrink and after where they grow, so that both
 together keep within the budget. The bytes on disk of planes that leave it are not used again.
+
+Whether gradients rest on NVMe between backward and the update is decided once, when a model is partitioned: they may
+be there between two steps too, and memory has room for its planes only because of it.
 """
 
 from __future__ import annotations
@@ -88,6 +91,8 @@ def make_rings(config: PartitionConfig, context: EngineContext, decision: Decisi
         context.install(ring=SlotRing(decision.slots, context.allocate_device, context.counters))
     if decision.staging and not context.has_staging:
         context.install(staging=SlotRing(decision.staging, context.allocate_host, context.counters, "staging"))
+    if decision.spill and not context.spills:
+        context.install(spill=SlotRing(decision.spill, context.allocate_host, context.counters, "gradients"))
 
 
 def _store(config: PartitionConfig, context: EngineContext, nbytes: int) -> NvmeStore:
@@ -108,7 +113,7 @@ def move(engine: Engine, plan: Plan) -> bool:
 
     Args:
         engine: The engine of a model.
-        plan: A plan of the same model under the same options.
+        plan: A plan of the same model under the same options, with gradients resting where they do now.
 
     Returns:
         Whether it was done. A rank whose disk has no room for it keeps all where they are, with a warning.
@@ -117,6 +122,7 @@ def move(engine: Engine, plan: Plan) -> bool:
         engine.saving.wait()
     engine.flush()
     there, decision = engine.plan.decision, plan.decision
+    assert decision.spill == there.spill, "another plan leaves gradients where they rest"
     decision = replace(  # a ring that is there may still be in use by somebody who holds on to weights
         decision,
         slots=decision.slots or there.slots,

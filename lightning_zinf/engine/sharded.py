@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -181,6 +181,13 @@ class ShardedGradients:
         """See :meth:`Gradients.sum_squares`; what has been reduced is complete."""
         self.squares.note({p.index: p.grad for p in self._pieces(range(len(self._buffer.params))) if p.grad.is_cpu})
         return True
+
+    def rest(self) -> None:
+        """They go out as they are complete, unit by unit."""
+
+    def squares_of(self, pieces: Sequence[Piece]) -> list[float | None]:
+        """See :meth:`Gradients.squares_of`."""
+        return [self.squares.of(p.index, p.grad) for p in pieces]
 
     def _pieces(self, indices: Collection[int]) -> list[Piece]:
         if self._shard is None:

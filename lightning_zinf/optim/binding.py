@@ -117,8 +117,9 @@ class OptimizerBinding:
         left: list[Tensor] = []
         low: list[bool] = []
         for buffer, groups in self._by_buffer():
-            for piece in buffer.gradients.collect(groups, keep=True):
-                sums.append(buffer.gradients.squares.of(piece.index, piece.grad))
+            pieces = buffer.gradients.collect(groups, keep=True)
+            for piece, known in zip(pieces, buffer.gradients.squares_of(pieces), strict=True):
+                sums.append(known)
                 low.append(piece.grad.dtype == torch.float16)
                 if sums[-1] is None:
                     left.append(piece.grad)
@@ -181,7 +182,7 @@ class OptimizerBinding:
                     continue
                 own = groups[id(buffer)][1]
                 if pieces := buffer.gradients.collect(own, keep=False):
-                    updates.append((buffer, self.rule.capture(buffer, pieces, own, 1.0, None)))
+                    updates.append((buffer, self.rule.capture(buffer, pieces, own, 1.0, None)))  # with their values
             self.engine.pager.update_now(unit, updates)
 
         try:
@@ -209,7 +210,7 @@ class OptimizerBinding:
             if not pieces and average is None:
                 continue
             update = self.rule.capture(buffer, pieces, groups, scale, clip_value)
-            update.average = average
+            update.average, update.source = average, pieces[0].source if pieces else None
             self.engine.update(buffer, update)
             buffer.gradients.squares.forget()
         self.engine.stepped()

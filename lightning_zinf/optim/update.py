@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_zinf.engine.gradients import Piece
+from lightning_zinf.engine.gradients import Piece, Source
 from lightning_zinf.memory.state import Record, State
 from lightning_zinf.ops import join_master, reference, split_master
 
@@ -37,12 +38,14 @@ class Update(ABC):
             goes on from there when it is tried again.
         average: Weight of the old average in the running average of the masters that this step brings up to date, or
             None if it does not.
+        source: What has the values of the gradients, if that is not themselves.
         changes_rest: Whether applying it changes state that is no plane (others change that when they are captured).
     """
 
     changes_rest = False
     done: int = 0
     average: float | None = None
+    source: Source | None = None
 
     def apply(self, weight: Tensor, state: State) -> None:
         """Update the shard, record by record.
@@ -51,7 +54,7 @@ class Update(ABC):
             weight: Its weight plane, updated in place.
             state: Its other planes, updated in place.
         """
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self.source is None else self.source.loaded():
             for record in state.records(self.done):
                 part = weight[record.start : record.stop]
                 self.update_record(part, record)
@@ -61,6 +64,8 @@ class Update(ABC):
                     record.planes["ema"].mul_(self.average).add_(new)
                 self.done = record.stop
             self.finish()
+        if self.source is not None:
+            self.source.done()
 
     def needs(self, planes: Sequence[str]) -> bool:
         """Whether it reads or changes any of these planes of the shard."""

@@ -10,6 +10,7 @@ in memory (``memory/residency.py``).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from lightning_zinf.config import Tier
@@ -17,7 +18,13 @@ from lightning_zinf.memory.placement import ModelSize, Placement, place, room, s
 from lightning_zinf.memory.planner.kept import reserved
 from lightning_zinf.memory.planner.model import ModelSpec
 from lightning_zinf.memory.planner.options import PlanOptions
-from lightning_zinf.memory.planner.residency import Resident, Sizes, under_way
+from lightning_zinf.memory.planner.residency import (
+    Resident,
+    Sizes,
+    largest_gradients,
+    staging_of_gradients,
+    under_way,
+)
 from lightning_zinf.memory.residency import UnitSize, keep_in_memory
 
 RINGS = 0.5
@@ -59,6 +66,7 @@ class Decision:
         staging: Bytes of slots in host memory between NVMe and an accelerator.
         tiles: Staging for state, in host memory.
         rings: Most of a budget for planes and what they pass through that the latter took, as a share.
+        spill: Bytes of staging for gradients that rest on NVMe between backward and update; 0 if they stay in memory.
     """
 
     where: Placement
@@ -69,11 +77,17 @@ class Decision:
     staging: int = 0
     tiles: Tiles = Tiles()
     rings: float = RINGS
+    spill: int = 0
 
     @property
     def on_nvme(self) -> int:
-        """Bytes that rest on NVMe."""
-        return sum(nbytes for b in self.buffers for _, tier, nbytes in b.planes() if tier == "nvme")
+        """Bytes that rest on NVMe, without sums of gradients over several backwards."""
+        return self.spilled + sum(nbytes for b in self.buffers for _, tier, nbytes in b.planes() if tier == "nvme")
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of the gradients of one backward that rest on NVMe."""
+        return sum(b.whole_bytes for b in self.buffers if b.spec.learns) if self.spill else 0
 
     @property
     def moves(self) -> bool:
@@ -90,6 +104,7 @@ def decide(
     free_device: int,
     aliased: bool,
     rings: float = RINGS,
+    spills: bool | None = None,
 ) -> Decision:
     """Decide where everything rests.
 
@@ -102,11 +117,16 @@ def decide(
         aliased: Whether the accelerator is the CPU.
         rings: Share of ``memory.host_bytes`` that pages may pass through where the rest is for planes; no less than
             they need.
+        spills: Whether gradients rest on NVMe between backward and update, if that has been decided.
 
     Raises:
         ValueError: If the budgets cannot hold what is needed at once, or the options contradict each other.
     """
-    return _Decider(model, sizes, options, free_host, free_device, aliased, rings).decide()
+    made = functools.partial(_Decider, model, sizes, options, free_host, free_device, aliased, rings)
+    decision = made(spills).decide()
+    if decision.spill and spills is None and model.profiled:  # sums of gradients are not in memory then
+        decision = made(True).decide()
+    return decision
 
 
 class _Decider:
@@ -119,8 +139,10 @@ class _Decider:
         free_device: int,
         aliased: bool,
         rings: float,
+        spills: bool | None,
     ) -> None:
         self.rings = rings
+        self.spills = spills
         self.model = model
         self.sizes = sizes
         self.options = options
@@ -158,14 +180,15 @@ class _Decider:
             if self.params_option == "auto" and self._in_host_memory(where.params) and taken + size.weights > self.room:
                 where = Placement("nvme", where.optimizer)  # as a whole; units that fit stay
         slots, staging = self._slots(where, asked)
-        left = self.room - size.gradients - tiles.nbytes - staging - (slots if self.aliased else 0)
+        gradients, spill = self._gradients(where, slots + tiles.nbytes)
+        left = self.room - gradients - tiles.nbytes - staging - (slots if self.aliased else 0)
         on_device = self._left(self.free_device, options.device_bytes, "device") - slots
         on_device -= max(
             under_way(self.sizes.buffers, size, self.sizes.world_size, aliased=self.aliased), size.largest_unit
         )
         params, optimizer = self._units(where, left, on_device)
         buffers = self.sizes.on(params, optimizer)
-        return Decision(where, params, optimizer, buffers, slots, staging, tiles, self.rings)
+        return Decision(where, params, optimizer, buffers, slots, staging, tiles, self.rings, spill)
 
     def _left(self, free: int, asked: int | None, tier: Tier) -> int:
         """Return the bytes that planes may take: what "auto" may, if measured activations leave that much."""
@@ -179,9 +202,23 @@ class _Decider:
         sizes, nbytes = self.sizes, 0
         if self.aliased:
             nbytes += under_way(sizes.buffers, self.size, sizes.world_size, aliased=True)
-        if self.options.accumulate > 1 and sizes.world_size == 1:  # sums of several backwards are float32
+        sums = self.options.accumulate > 1 and sizes.world_size == 1 and not self.spills
+        if sums:  # of several backwards, in float32
             nbytes += sum(4 * b.elements for b in sizes.buffers if b.spec.learns and b.spec.weight_bytes < 4)
         return nbytes
+
+    def _gradients(self, where: Placement, rings: int) -> tuple[int, int]:
+        """Return the bytes of gradients in memory, and of their staging if they do not fit and go to NVMe."""
+        size, learning = self.size, [b for b in self.sizes.buffers if b.spec.learns]
+        spill = staging_of_gradients(learning)
+        memory = spill + largest_gradients(learning)
+        spills = self.spills
+        if spills is None:
+            planes = size.weights if self._in_host_memory(where.params) else 0
+            able = self.sizes.world_size == 1 and self.aliased and where.optimizer == "nvme"
+            fit = size.gradients + planes + rings <= self.free_host + self.options.present
+            spills = able and not fit and memory < size.gradients
+        return (memory, spill) if spills else (size.gradients, 0)
 
     def _in_host_memory(self, tier: Tier) -> bool:
         return tier == "host" or (tier == "device" and self.aliased)

@@ -29,6 +29,7 @@ class PlanOptions:
         tile_numel: Elements of state read, updated and written as one piece, as ``io.tile_numel``.
         clip: Whether gradients are clipped by their norm, so that no update can run before all of them are there.
         update: When updates of offloaded state run; None takes what the engine does, and anything else asks what if.
+        present: Bytes of host memory of a rank that are taken now and free in training: the model as it was built.
     """
 
     offload_params: Offload = "auto"
@@ -43,6 +44,7 @@ class PlanOptions:
     tile_numel: int = 2**20
     clip: bool = False
     update: When | None = None
+    present: int = 0
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):

@@ -12,7 +12,7 @@ from lightning_zinf.memory.planner.kept import activations
 from lightning_zinf.memory.planner.machine import Machine
 from lightning_zinf.memory.planner.model import ModelSpec
 from lightning_zinf.memory.planner.options import PlanOptions
-from lightning_zinf.memory.planner.residency import under_way
+from lightning_zinf.memory.planner.residency import largest_gradients, under_way
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,17 @@ def _gradients(add: _Add, decision: Decision, size: ModelSize, machine: Machine,
     """Count gradients between backward and update.
 
     All of them: where updates run in backward they are fewer, but not in the first step, which only watches. What if
-    they always ran in backward is answered for ``update="backward"``: two units' worth then.
+    they always ran in backward is answered for ``update="backward"``: two units' worth then. Where they do not fit they
+    rest on NVMe (``Decision.spill``), and memory has those of a unit.
     """
     world_size = machine.world_size
+    if decision.spill:
+        learning = [b for b in decision.buffers if b.spec.learns]
+        add("gradients of a unit", "device", largest_gradients(learning))
+        add("staging for gradients", "host", decision.spill)
+        sums = 4 * sum(b.elements for b in learning) if options.accumulate > 1 else 0
+        add("gradients", "nvme", decision.spilled + sums)
+        return
     kept: dict[Tier, dict[int, int]] = {}
     for buffer in decision.buffers:
         if not buffer.spec.learns:

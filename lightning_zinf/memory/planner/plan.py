@@ -21,6 +21,7 @@ from lightning_zinf.memory.planner.traffic import (
     activation_traffic,
     gather_traffic,
     gradient_traffic,
+    spill_traffic,
     step_traffic,
     times,
     update_traffic,
@@ -149,6 +150,7 @@ class Plan:
                 "slots": self.decision.slots,
                 "staging": self.decision.staging,
                 "tiles": self.decision.tiles.nbytes,
+                "gradients": self.decision.spill,
             },
             "tiers": [{**asdict(t), "fits": t.fits} for t in self.tiers],
             "items": [asdict(i) for i in self.items],
@@ -178,6 +180,7 @@ def make_plan(
     options: PlanOptions | None = None,
     decision: Decision | None = None,
     rings: float = RINGS,
+    spills: bool | None = None,
 ) -> Plan:
     """Plan the training of a model on a machine.
 
@@ -187,6 +190,7 @@ def make_plan(
         options: The user's choices.
         decision: Where everything rests, if that has been decided.
         rings: Share of a budget that pages may pass through; see ``decide``.
+        spills: Whether gradients rest on NVMe between backward and update, if that has been decided.
     """
     options = options or PlanOptions()
     world = machine.world_size
@@ -204,6 +208,7 @@ def make_plan(
                 free_device=device,
                 aliased=machine.aliased,
                 rings=rings,
+                spills=spills,
             )
     except ValueError as error:  # shown in the plan, with what would take memory if there were enough
         problem = str(error)
@@ -221,6 +226,8 @@ def make_plan(
     )
     for unit in model.units:
         traffic += times(_leaves(model, unit, machine, options), options.accumulate)
+    for buffer in decision.buffers:
+        traffic += _spilled(buffer, decision, options)
     plan = Plan(model, machine, options, size, decision, listed, traffic, None, problem)
     if machine.rates == Rates():
         return plan
@@ -231,7 +238,7 @@ def complete(plan: Plan, kept: Kept, *, accumulate: int, clip: bool, given_back:
     """Return a plan with the activations that its first training step was measured to keep.
 
     What rests where stays as it is, unless memory is short then and planes of which the user has not said where they
-    are to be can make room; see Note [Measured activations].
+    are to be can make room; see Note [Measured activations]. Gradients rest where they do.
 
     Args:
         plan: The plan that the run was set up by.
@@ -244,10 +251,11 @@ def complete(plan: Plan, kept: Kept, *, accumulate: int, clip: bool, given_back:
     machine = replace(plan.machine, host_bytes=host)
     model = with_kept(plan.model, kept)
     options = replace(plan.options, batch=max(1, kept.samples), accumulate=accumulate, clip=clip)
+    options = replace(options, present=max(0, options.present - given_back))
     same = make_plan(model, machine, options, plan.decision)
     if not shortage(same):
         return same
-    other = make_plan(model, machine, options)
+    other = make_plan(model, machine, options, spills=plan.decision.spill > 0)
     return other if other.problem is None and shortage(other) < shortage(same) else same
 
 
@@ -267,9 +275,13 @@ def update_of(plan: Plan, unit: int) -> When:
         return "after"
     if options.update is not None:
         return options.update
-    scaled = any(p == ("master", 4) for b in plan.decision.buffers for p in b.spec.planes)  # 16-mixed scales the loss
-    early = (plan.world_size == 1 or options.stage > 1) and not options.clip and not scaled
+    early = (plan.world_size == 1 or options.stage > 1) and not options.clip and not _scaled(plan.decision)
     return "backward" if early and unit % LEFT_TO_FORWARD else "deferred"
+
+
+def _scaled(decision: Decision) -> bool:
+    """Whether the loss is scaled, as in 16-mixed."""
+    return any(p == ("master", 4) for b in decision.buffers for p in b.spec.planes)
 
 
 def schedule_of(plan: Plan) -> tuple[list[UnitLoad], Setting]:
@@ -295,6 +307,16 @@ def schedule_of(plan: Plan) -> tuple[list[UnitLoad], Setting]:
     return loads, setting
 
 
+def _spilled(buffer: Resident, decision: Decision, options: PlanOptions) -> Traffic:
+    """Return what a buffer's gradients move in a step that rest on NVMe between backward and update."""
+    if not decision.spill:
+        return Traffic()
+    scaled = _scaled(decision)
+    early = not options.clip and not scaled and options.update is None and buffer.unit % LEFT_TO_FORWARD
+    backwards = options.accumulate - bool(early and buffer.offloaded)
+    return spill_traffic(buffer, backwards, norm=options.clip or scaled)
+
+
 def _leaves(model: ModelSpec, unit: UnitSpec, machine: Machine, options: PlanOptions) -> Traffic:
     """Return what a unit's activations move between the forward and the backward of a micro-batch."""
     nbytes = leaving_bytes(model, unit, options)
@@ -311,6 +333,9 @@ def _load(plan: Plan, index: int, buffers: Sequence[Resident]) -> UnitLoad:
         gather += gather_traffic(b, aliased=aliased, world_size=world, stage=stage)
         gradient += gradient_traffic(b, aliased=aliased, world_size=world)
         after += update_traffic(b, aliased=aliased, world_size=world, stage=stage)
+        spilled = _spilled(b, plan.decision, options)  # all reads count with the update, which does most of them
+        gradient += Traffic(nvme_write=spilled.nvme_write / options.accumulate)
+        after += Traffic(nvme_read=spilled.nvme_read)
         paged = paged or b.weights != "device" or (world > 1 and stage == 3)
         if b.spec.learns:
             grad = 4 if world > 1 or options.accumulate > 1 else b.spec.weight_bytes

@@ -166,3 +166,17 @@ def under_way(buffers: Sequence[Resident], size: ModelSize, world_size: int, *, 
         assert size.whole is not None
         return biggest + min(2 * learning, max(2 * biggest, reduce_bytes(size.largest_unit, size.whole)))
     return biggest if not aliased and any(b.state != "device" for b in buffers) else 0
+
+
+def largest_gradients(buffers: Sequence[Resident]) -> int:
+    """Return the bytes of the gradients of the unit that has the most, as autograd leaves them."""
+    by_unit: dict[int, int] = {}
+    for buffer in buffers:
+        if buffer.spec.learns:
+            by_unit[buffer.unit] = by_unit.get(buffer.unit, 0) + buffer.whole_bytes
+    return max(by_unit.values(), default=0)
+
+
+def staging_of_gradients(buffers: Sequence[Resident]) -> int:
+    """Return the bytes for one buffer's gradients and their float32 sum, on the way to NVMe or back."""
+    return max((b.whole_bytes + 4 * b.elements for b in buffers if b.spec.learns), default=0)

@@ -241,7 +241,11 @@ class Schedule:
         takes = {"tiles": min(unit.tile_bytes, self.tiles)} if unit.tile_bytes else {}
         chain = [*ready, *self._graded.get(index, []), *self._barrier]
         read = [*self._barrier, *self._written.get(index, [])]
-        read = self._move(f"{name} read", {"nvme_read": unit.update.nvme_read}, read, takes) if takes else []
+        read = (
+            self._move(f"{name} read", {"nvme_read": unit.update.nvme_read}, read, takes)
+            if takes or unit.update.nvme_read
+            else []
+        )
         update = self._add(name, "update", unit.update_seconds, [*chain, *read])
         wrote = self._move(f"{name} write", {"nvme_write": unit.update.nvme_write}, [update], gives=takes)
         up = self._move(f"{name} up", {"host_to_device": unit.update.host_to_device}, [update])

@@ -84,7 +84,8 @@ def best_rings(plan: Plan) -> Plan:
         return plan
     best, least = plan, WORTH * plan.prediction.seconds
     for share in SHARES:
-        found = make_plan(plan.model, plan.machine, plan.options, rings=share)
+        spills = plan.decision.spill > 0
+        found = make_plan(plan.model, plan.machine, plan.options, rings=share, spills=spills)
         worse = found.problem is not None or shortage(found) > shortage(plan)
         if not worse and found.prediction is not None and found.prediction.seconds < least:
             best, least = found, found.prediction.seconds

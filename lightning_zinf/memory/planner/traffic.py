@@ -79,6 +79,21 @@ def update_traffic(buffer: Resident, *, aliased: bool, world_size: int, stage: i
     )
 
 
+def spill_traffic(buffer: Resident, backwards: int, *, norm: bool) -> Traffic:
+    """Return what the gradients of a buffer move that rest on NVMe between backward and update.
+
+    Args:
+        buffer: The buffer.
+        backwards: Backwards of a step after which they go there.
+        norm: Whether they are read for a norm once more.
+    """
+    if not buffer.spec.learns or not backwards:
+        return Traffic()
+    once, total = buffer.whole_bytes, 4 * buffer.elements  # each goes there, and all but the last into a sum
+    moved = backwards * once + (backwards - 1) * total
+    return Traffic(nvme_read=moved + (once + total if norm and backwards > 1 else 0), nvme_write=moved)
+
+
 def step_traffic(
     buffers: Sequence[Resident], *, aliased: bool, world_size: int, stage: int, accumulate: int = 1
 ) -> Traffic:
