@@ -81,6 +81,8 @@ def test_other_models(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", [NVME, Where("none", "nvme"), replace(NVME, ahead=True, early=True)], ids=str)
 @pytest.mark.parametrize("name", [*ZOO, *TILED])
 def test_every_model(name: str, where: Where, precision: str, recipe: str, tmp_path: Path) -> None:
+    if (name, precision) == ("bfloat16-born", "16-mixed"):
+        pytest.skip("torch has no such LayerNorm")
     check(name, where, precision, RECIPES[recipe], tmp_path)
 
 
