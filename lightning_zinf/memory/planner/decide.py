@@ -211,14 +211,16 @@ class _Decider:
         """Return the bytes of gradients in memory, and of their staging if they do not fit and go to NVMe."""
         size, learning = self.size, [b for b in self.sizes.buffers if b.spec.learns]
         spill = staging_of_gradients(learning)
-        memory = spill + largest_gradients(learning)
         spills = self.spills
         if spills is None:
             planes = size.weights if self._in_host_memory(where.params) else 0
             able = self.sizes.world_size == 1 and self.aliased and where.optimizer == "nvme"
             fit = size.gradients + planes + rings <= self.free_host + self.options.present
-            spills = able and not fit and memory < size.gradients
-        return (memory, spill) if spills else (size.gradients, 0)
+            spills = able and not fit and spill + largest_gradients(learning) < size.gradients
+        if not spills:
+            return size.gradients, 0
+        summed = self.options.accumulate > 1 and not self.options.clip
+        return spill + largest_gradients(learning, sums=summed), spill
 
     def _in_host_memory(self, tier: Tier) -> bool:
         return tier == "host" or (tier == "device" and self.aliased)

@@ -76,7 +76,8 @@ def _gradients(add: _Add, decision: Decision, size: ModelSize, machine: Machine,
     world_size = machine.world_size
     if decision.spill:
         learning = [b for b in decision.buffers if b.spec.learns]
-        add("gradients of a unit", "device", largest_gradients(learning))
+        summed = options.accumulate > 1 and not options.clip
+        add("gradients of a unit", "device", largest_gradients(learning, sums=summed))
         add("staging for gradients", "host", decision.spill)
         sums = 4 * sum(b.elements for b in learning) if options.accumulate > 1 else 0
         add("gradients", "nvme", decision.spilled + sums)

@@ -168,12 +168,18 @@ def under_way(buffers: Sequence[Resident], size: ModelSize, world_size: int, *, 
     return biggest if not aliased and any(b.state != "device" for b in buffers) else 0
 
 
-def largest_gradients(buffers: Sequence[Resident]) -> int:
-    """Return the bytes of the gradients of the unit that has the most, as autograd leaves them."""
+def largest_gradients(buffers: Sequence[Resident], *, sums: bool = False) -> int:
+    """Return the bytes of the gradients of the unit that has the most, as autograd leaves them.
+
+    Args:
+        buffers: All buffers.
+        sums: Add the float32 sums of a unit that is updated in the last backward of several.
+    """
     by_unit: dict[int, int] = {}
     for buffer in buffers:
         if buffer.spec.learns:
-            by_unit[buffer.unit] = by_unit.get(buffer.unit, 0) + buffer.whole_bytes
+            nbytes = buffer.whole_bytes + (4 * buffer.elements if sums else 0)
+            by_unit[buffer.unit] = by_unit.get(buffer.unit, 0) + nbytes
     return max(by_unit.values(), default=0)
 
 
