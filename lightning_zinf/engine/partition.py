@@ -99,7 +99,9 @@ def partition(
     model = describe_model(drafts, type(root).__name__)
     present = _present_bytes(root, config.device)
     present += sum(pager.kept_bytes for pager in pagers) if cpu else 0
-    plan = make_plan(model, _machine(config, free, comm, aliased=cpu), replace(options_of(config), present=present))
+    machine, options = _machine(config, free, comm, aliased=cpu), replace(options_of(config), present=present)
+    # Copies of the model on other ranks, which the plan of one does not have, have to add up their gradients.
+    plan = make_plan(model, machine, options, spills=None if comm is None else False)
     _refuse_what_does_not_fit(plan, present, training=bool(trained_ids))
     decision = plan.decision
     context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
@@ -286,6 +288,7 @@ class _Builder:
             buffer.state = context.new_state(buffer.shard_numel, draft.planes, state, label)
         self._settle(buffer, master)
         if context.spills and draft.learns:
+            assert context.comm is None
             buffer.gradients = SpilledGradients(buffer)
         return buffer
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from delays import delayed
@@ -18,6 +21,8 @@ from together import Setting
 from lightning_zinf.comm.group import Ranks, ranks_of
 from lightning_zinf.config import IOConfig
 from lightning_zinf.monitor.trace import Trace
+
+partition_module = importlib.import_module("lightning_zinf.engine.partition")
 
 
 def ranks(setting: Setting, timeout: Any = PATIENCE) -> Ranks:
@@ -108,6 +113,22 @@ def traffic(running: Session) -> dict[str, int]:
         "resident": sum(b.weights.host_bytes for b in buffers),
         "state": sum(b.state.nbytes for b in buffers if b.state is not None),
     }
+
+
+def set_up_in_little_memory(rank: int, size: int, folder: Path, setting: Setting, free: int) -> str:
+    """Set 24 layers of 257 KiB up where so many bytes are free for each rank; return why that is refused."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(24)))
+    options = {"ranks": ranks(setting), "stage": setting.stage, "shard": setting.shard, "model": model}
+    with ExitStack() as stack:
+        for name, nbytes in (("free_host_bytes", size * free), ("free_device_bytes", size * free)):
+            stack.enter_context(mock.patch.object(partition_module, name, return_value=nbytes))
+        stack.enter_context(mock.patch.object(partition_module, "_present_bytes", return_value=0))
+        try:
+            running = stack.enter_context(session(ZOO["mlp"], folder, Where("nvme", "nvme"), **options))
+        except ValueError as error:
+            return str(error)
+        assert not running.engine.context.spills
+        return ""
 
 
 def touch_gradients(rank: int, size: int, folder: Path, precision: str, setting: Setting) -> tuple[list[str], Result]:
