@@ -30,6 +30,7 @@ forward. Until the end of the step the shards of such a unit are a mixture, whic
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -58,7 +59,8 @@ class EarlyUpdates:
         self._clean_everywhere: set[int] = set()
         self._wanted_everywhere = not shared
         self._complete: dict[int, None] = {}  # in this order
-        self._order: list[int] = []  # that of the backward before
+        self._order: list[Unit] = []  # that of the backward before
+        self._passed = 0  # so many of these are not expected any more
         self._apply: Callable[[Unit], None] | None = None
         self._mixed: set[int] = set()
         self.wanted = False
@@ -89,16 +91,19 @@ class EarlyUpdates:
     def begin(self) -> None:
         """A backward begins."""
         self._complete.clear()
+        self._passed = 0
         self.running = True
 
     def coming(self) -> Iterator[Unit]:
         """Yield the units that are still to be updated in this backward, in the order of the backward before."""
-        by_index = {unit.index: unit for unit in self._units}
-        return (by_index[index] for index in self._order if self.expected(by_index[index]))
+        while self._passed < len(self._order) and not self.expected(self._order[self._passed]):
+            self._passed += 1
+        return (unit for unit in itertools.islice(self._order, self._passed, None) if self.expected(unit))
 
     def end(self) -> None:
         """A backward has ended."""
-        self._order = list(self._complete)
+        by_index = {unit.index: unit for unit in self._units}
+        self._order = [by_index[index] for index in self._complete]
         self._complete.clear()
         self.running = False
 
