@@ -67,7 +67,7 @@ def ended(module: Any, logger: Any, before: Plan) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize(("precision", "options"), zip(["32-true", "bf16-mixed"], OPTIONS, strict=True))
+@pytest.mark.parametrize(("precision", "options"), list(zip(["32-true", "bf16-mixed"], OPTIONS, strict=True)))
 def test_planes_make_room_for_activations(
     precision: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
