@@ -113,6 +113,16 @@ def before_batches(trainer: Any, call: Callable[[], None]) -> None:
     loop.advance = call_and_advance
 
 
+def stop_if_terminated(package: str, trainer: Any) -> None:
+    """End training if SIGTERM has come, which Lightning would do after one more batch.
+
+    Raises:
+        SIGTERMException: Lightning's.
+    """
+    if trainer.received_sigterm:
+        raise part(package, "utilities.exceptions").SIGTERMException
+
+
 def convert_all_but_managed(root: nn.Module, dtype: torch.dtype) -> None:
     """Convert buffers, and parameters that no engine manages yet, to a floating dtype."""
     for module in root.modules():

@@ -11,8 +11,10 @@ So during training a handler is put off: the signal is noted, and the handler ru
 several ranks it runs once the signal has come to all of them, before the same batch. One that came only to some ranks
 is handled there after ``GRACE``.
 
-Left alone are the signals whose handlers mean to stop what runs now (SIGINT, timers), those of faults and children, and
-SIGTERM, for which Lightning only sets a flag that it looks at between batches.
+SIGTERM is Lightning's: its handler broadcasts a flag to all ranks, so all ranks run it as soon as one has the signal,
+before the same batch.
+
+Left alone are the signals whose handlers mean to stop what runs now (SIGINT, timers), and those of faults and children.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ log = logging.getLogger(__name__)
 GRACE = 5.0
 """Seconds that a signal may take to come to all ranks."""
 _NAMES_LEFT_ALONE = (
-    *("SIGINT", "SIGTERM", "SIGKILL", "SIGSTOP", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGCHLD"),
+    *("SIGINT", "SIGKILL", "SIGSTOP", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGCHLD"),
     *("SIGSEGV", "SIGFPE", "SIGILL", "SIGBUS", "SIGABRT", "SIGTRAP", "SIGSYS", "SIGBREAK", "CTRL_C_EVENT"),
 )
 LEFT_ALONE = frozenset(getattr(signal, name) for name in _NAMES_LEFT_ALONE if hasattr(signal, name))
+TOGETHER = frozenset({signal.SIGTERM})
+"""Handlers that talk to the other ranks: all run them once one rank has the signal."""
 _CELL = struct.Struct("<Id")
 
 Handler = Callable[[int, FrameType | None], object]
@@ -48,8 +52,10 @@ class DeferredSignals:
     """
 
     def __init__(self) -> None:
-        self._handlers: dict[int, Handler] = {}
+        self._handlers: dict[int, list[Handler]] = {}  # each displaced the one before it
         self._since: dict[int, float] = {}
+        self._running: dict[int, int] = {}  # which of them runs now
+        self._released = False
         self.adopt()
 
     def adopt(self) -> None:
@@ -59,11 +65,29 @@ class DeferredSignals:
         for number in signal.valid_signals() - LEFT_ALONE:
             handler = signal.getsignal(number)
             if callable(handler) and handler != self._note:
-                self._handlers[number] = handler
+                known = self._handlers.setdefault(number, [])
+                if handler in known:  # somebody gave it back
+                    del known[known.index(handler) :]
+                known.append(handler)
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._since.setdefault(number, time.monotonic())
+        running = self._running.get(number, len(self._handlers[number]) - 1 if self._released else 0)
+        if running > 0:  # a handler calls the one that it found, which was this
+            self._call(number, running - 1)
+        elif not self._released:
+            self._since.setdefault(number, time.monotonic())
+
+    def _call(self, number: int, which: int) -> None:
+        before = self._running.get(number)
+        self._running[number] = which
+        try:
+            self._handlers[number][which](number, inspect.currentframe())
+        finally:
+            if before is None:
+                del self._running[number]
+            else:
+                self._running[number] = before
 
     def tell(self) -> bytes:
         """Return what the other ranks need to know: which signals wait here, and for how long."""
@@ -78,26 +102,27 @@ class DeferredSignals:
             last: Whether there is no later time, so that signals which only some ranks have are due as well.
         """
         for number in due(told, last=last):
-            if self._since.pop(number, None) is not None:
+            if (self._since.pop(number, None) is not None or number in TOGETHER) and number in self._handlers:
                 ranks = sum(number in _waits(message) for message in told)
-                if ranks < len(told):
+                if ranks < len(told) and number not in TOGETHER:
                     log.warning(
                         f"{_name(number)} came to {ranks} of {len(told)} ranks: its handler runs on those alone, and "
                         "must not need the others. Send the signal to all processes"
                     )
-                self._handlers[number](number, inspect.currentframe())
+                self._call(number, len(self._handlers[number]) - 1)
         self.adopt()
 
     def release(self) -> None:
         """Give handlers back to their signals; say which ones were not run."""
+        self._released = True
         if threading.current_thread() is threading.main_thread():
-            for number, handler in self._handlers.items():
+            for number, handlers in self._handlers.items():
                 if signal.getsignal(number) == self._note:
-                    signal.signal(number, handler)
+                    signal.signal(number, handlers[-1])
         if self._since:
             names = ", ".join(map(_name, sorted(self._since)))
             log.warning(f"training ended before the handlers of these signals could run: {names}")
-        self._handlers, self._since = {}, {}
+        self._since = {}
 
 
 def due(told: Sequence[bytes], *, last: bool = False) -> list[int]:
@@ -111,7 +136,10 @@ def due(told: Sequence[bytes], *, last: bool = False) -> list[int]:
     return [
         number
         for number in sorted(set().union(*waits))
-        if last or all(number in w for w in waits) or max(w.get(number, 0.0) for w in waits) >= GRACE
+        if last
+        or number in TOGETHER
+        or all(number in w for w in waits)
+        or max(w.get(number, 0.0) for w in waits) >= GRACE
     ]
 
 

@@ -19,6 +19,7 @@ from lightning_zinf.strategy_ranks import RanksPart
 class PlanPart(RanksPart):
     """What the strategy does with its plan while it trains."""
 
+    debug: bool
     _next_plan: Plan | None = None
     _samples = 1
 
@@ -91,7 +92,7 @@ class PlanPart(RanksPart):
             return
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        clip = trainer.gradient_clip_val is not None and trainer.gradient_clip_algorithm != "value"
+        clip = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm != "value"
         plan = complete(
             engine.plan,
             kept,
@@ -110,7 +111,10 @@ class PlanPart(RanksPart):
         else:
             engine.plan = plan
             self._store_plan()
-            rank_zero_info(f"{told}\n{memory_text(plan)}")
+            needs = "; ".join(
+                f"{tier.tier} {human(tier.needed)} of {human(tier.available)}" for tier in plan.tiers if tier.needed
+            )
+            rank_zero_info(f"{told}; with it a step needs: {needs}" + (f"\n{memory_text(plan)}" if self.debug else ""))
         short = [tier for tier in plan.tiers if not tier.fits]
         if short:
             rank_zero_warn(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_zinf import _compat
 from lightning_zinf.comm.group import Ranks, ranks_of
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import engine_of
@@ -120,6 +121,9 @@ class RanksPart(_Base):
         if not self._alone:
             self._meet("the next batch")
         self._handle_signals("the next batch")
+        if self._alone:  # else Lightning does so right after, on all ranks
+            assert self.lightning_module is not None
+            _compat.stop_if_terminated(self.package, self.lightning_module.trainer)
 
     def _handle_signals(self, place: str, *, last: bool = False) -> None:
         if self._signals is not None:

@@ -58,7 +58,7 @@ class EarlyUpdates:
         self._clean: dict[int, bool] = {}
         self._clean_everywhere: set[int] = set()
         self._wanted_everywhere = not shared
-        self._complete: dict[int, None] = {}  # in this order
+        self._complete: dict[int, Unit] = {}  # by index, in this order
         self._order: list[Unit] = []  # that of the backward before
         self._passed = 0  # so many of these are not expected any more
         self._apply: Callable[[Unit], None] | None = None
@@ -102,8 +102,7 @@ class EarlyUpdates:
 
     def end(self) -> None:
         """A backward has ended."""
-        by_index = {unit.index: unit for unit in self._units}
-        self._order = [by_index[index] for index in self._complete]
+        self._order = list(self._complete.values())
         self._complete.clear()
         self.running = False
 
@@ -160,7 +159,7 @@ class EarlyUpdates:
             self.reduced(unit)
         else:
             self._clean.setdefault(unit.index, True)
-        self._complete[unit.index] = None
+        self._complete[unit.index] = unit
 
     def reduced(self, unit: Unit) -> None:
         """All gradients of a unit have arrived from all ranks: update it if it may be."""

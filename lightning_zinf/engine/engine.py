@@ -52,7 +52,7 @@ class Engine(Hooks):
     given_back = 0
     """Bytes of host memory that the model took before it was partitioned, which the plan's machine has not as free."""
     between_steps = False
-    """Whether no backward has run since the last optimizer step."""
+    """Whether no backward has run since the last step of an optimizer, which sets it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """Stay the one engine: a copied module's hooks lead here, where the copy is unknown."""
@@ -259,7 +259,6 @@ class Engine(Hooks):
 
     def stepped(self) -> None:
         """An optimizer step is complete: start to fetch what the next training step begins with."""
-        self.between_steps = True
         self.pager.arrive()
         if self.config.overlap.update == "step":
             self.pager.flush()

@@ -62,6 +62,7 @@ class Gatherer:
         self._wanted: list[Unit] = []
         self._updated: dict[Unit, None] = {}  # since the last backward, for forward; in this order
         self._first: list[Unit] = []  # the same of the step before
+        self._backwards = self._expected_backwards = 0  # in this step, and as many as there were in the one before
         self._arriving: list[FlatBuffer] = []
         self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
         self._by_storage: dict[int, FlatBuffer] = {}
@@ -260,6 +261,8 @@ class Gatherer:
         if self._updated:  # else this is another backward of the same step
             self._first = list(self._updated)
             self._updated.clear()
+            self._backwards, self._expected_backwards = 0, self._backwards
+        self._backwards += 1
         self.early.begin()
         self.prefetch_states()
 
@@ -274,6 +277,8 @@ class Gatherer:
         for unit in coming:
             if unit.persistent:
                 unit.prefetch_state()
+        if self._backwards < self._expected_backwards:  # tiles have to be free for what the last one updates
+            return
         left = (u for u in self._first if u.index not in self.early.updated)
         for unit in itertools.islice(left, STATES_AHEAD - len(coming)):
             unit.prefetch_state(before_step=True)

@@ -99,6 +99,8 @@ def partition(
     model = describe_model(drafts, type(root).__name__)
     present = _present_bytes(root, config.device)
     present += sum(pager.kept_bytes for pager in pagers) if cpu else 0
+    if comm is not None:  # what is planned with it has to be the same on all ranks
+        (present,) = least([present], comm.ranks.channel, "planning")
     machine, options = _machine(config, free, comm, aliased=cpu), replace(options_of(config), present=present)
     # Copies of the model on other ranks, which the plan of one does not have, have to add up their gradients.
     plan = make_plan(model, machine, options, spills=None if comm is None else False)

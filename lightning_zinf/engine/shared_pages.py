@@ -137,7 +137,7 @@ class SharedPager(ConstructionPager):
             page.weights = AliasedWeights(page, None, self.context.nvme.allocate(page.shard_bytes))
             page.weights.claim()
             page.weights.flat()[: param.numel()].copy_(param.data.reshape(-1))
-            self._send(page.weights.flat())
+            self._send(page.weights.flat()[: param.numel()])  # as many bytes as those who keep their slices
             page.weights.store()
         page.adopt(keep=True)
         page.unbind()
@@ -280,7 +280,8 @@ class SharedPager(ConstructionPager):
     def give_back(self) -> None:
         """Make the pages that are left, of parameters outside of the model, ordinary parameters again on all ranks."""
         with torch.inference_mode(False), torch.no_grad():
-            for page in list(self._shared.values()):
+            while self._shared:  # bringing one back may make another ordinary
+                page = next(iter(self._shared.values()))
                 if page.bound != "compute":
                     self._bring([page])
                 (param,) = page.params

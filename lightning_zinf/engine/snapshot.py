@@ -200,12 +200,17 @@ class Snapshot:
             if self._in_order:
                 self._queue.extend(works)
                 self._changed.notify_all()
-        if buffer.unseen and not self._at_rest:
-            self.let_go(held, "weight")
-        with self._changed:  # only now, so that there is no reader to wait for while there is room for copies
-            self._not_ready -= 1
-            self._ready.append(held)
-            self._changed.notify_all()
+        try:
+            if buffer.unseen and not self._at_rest:
+                self.let_go(held, "weight")
+        except BaseException:
+            self.stop()  # what has not been copied may change from now on
+            raise
+        finally:
+            with self._changed:  # only now, so that there is no reader to wait for while there is room for copies
+                self._not_ready -= 1
+                self._ready.append(held)
+                self._changed.notify_all()
 
     def let_go(self, held: Held, plane: str | None = None) -> None:
         """Return when no reader needs a plane of a buffer any more, or any of its planes."""

@@ -213,6 +213,7 @@ class OptimizerBinding:
             update.average, update.source = average, pieces[0].source if pieces else None
             self.engine.update(buffer, update)
             buffer.gradients.squares.forget()
+        self.engine.between_steps = True
         self.engine.stepped()
 
     def forget_scaling(self) -> None:

@@ -271,6 +271,25 @@ def save_at_a_signal(rank: int, size: int, folder: Path, strategy: Any) -> tuple
     return handled, [*found, state(loaded)]
 
 
+def sigterm_to_one_rank(rank: int, size: int, folder: Path, strategy: Any) -> tuple[str, int]:
+    """Return what ended training, and after how many steps."""
+
+    class Terminated(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.trainer.training and self.trainer.global_step == 1 and self.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(x)
+
+    model = net(Terminated)
+    running = build(size, lightning_zinf.ZinfStrategy(**strategy), folder)
+    try:
+        running.fit(model, loader(8))
+        words = ""
+    except SystemExit as error:  # Lightning's SIGTERMException is one
+        words = type(error).__name__
+    return words, running.global_step
+
+
 def a_signal_to_one_rank(rank: int, size: int, folder: Path, strategy: Any) -> tuple[list[int], dict[str, Tensor]]:
     """Return the steps at which the handler ran on this rank."""
     model, handled = net(Signalled), []

@@ -143,3 +143,9 @@ def test_1_08_signals_on_ranks(setting: str, tmp_path: Path) -> None:
     assert (alone, none) == ([4], [])
     assert_same(a, b)
     assert_same(a, plain)
+
+
+def test_1_09_sigterm_on_ranks(tmp_path: Path) -> None:
+    """Section 1.9 (processes): SIGTERM to one rank ends training on all of them, after the same step."""
+    found = two(sections.sigterm_to_one_rank, tmp_path, SETTINGS["stage-3"])
+    assert found == [("SIGTERMException", 2)] * 2

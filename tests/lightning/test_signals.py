@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_cases import Net, assert_same, loader, net, trainer, weights, zinf
 from torch import Tensor
 
 import lightning_zinf
 from lightning_zinf.checkpoint.source import Checkpoint
-from lightning_zinf.signals import _CELL, GRACE, LEFT_ALONE, DeferredSignals, due
+from lightning_zinf.signals import _CELL, GRACE, LEFT_ALONE, TOGETHER, DeferredSignals, due
 
 SHARDED = {"offload_params": "nvme", "offload_optimizer": "nvme", "state_dict_type": "sharded"}
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -54,7 +55,9 @@ def test_all_that_every_rank_has_is_due_and_nothing_that_none_has(ranks: list[di
     found = due(told(*ranks))
     assert set.intersection(*map(set, ranks)) <= set(found) <= set(due(told(*ranks), last=True)) == set().union(*ranks)
     assert found == sorted(found)
-    assert all(max(rank.get(number, 0.0) for rank in ranks) >= GRACE for number in set(found) - set(ranks[0]))
+    assert all(
+        max(rank.get(number, 0.0) for rank in ranks) >= GRACE for number in set(found) - set(ranks[0]) - TOGETHER
+    )
 
 
 def test_handlers_wait_and_come_back() -> None:
@@ -106,6 +109,26 @@ def test_a_signal_that_only_some_ranks_have(caplog: pytest.LogCaptureFixture) ->
     assert calls == [signal.SIGUSR1]
 
 
+def test_handlers_that_call_the_one_before(caplog: pytest.LogCaptureFixture) -> None:
+    """As libraries do which install theirs in the midst of training: both run, once for each signal."""
+    calls: list[str] = []
+    signal.signal(signal.SIGUSR1, lambda *_: calls.append("first"))
+    deferred = DeferredSignals()
+    before = signal.getsignal(signal.SIGUSR1)
+    assert callable(before)
+    signal.signal(signal.SIGUSR1, lambda *args: (calls.append("second"), before(*args)))
+    for _ in range(2):
+        deferred.handle([deferred.tell()])
+    assert calls == []
+    os.kill(os.getpid(), signal.SIGUSR1)
+    for _ in range(3):
+        deferred.handle([deferred.tell()])
+    assert calls == ["second", "first"]
+    deferred.release()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert calls == ["second", "first"] * 2
+
+
 def test_nothing_is_deferred_outside_of_the_main_thread() -> None:
     handler = lambda *_: None  # noqa: E731
     signal.signal(signal.SIGUSR1, handler)
@@ -113,6 +136,19 @@ def test_nothing_is_deferred_outside_of_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGUSR1) is handler
+
+
+def test_sigterm_is_everybodys() -> None:
+    assert due(told({15: 0.0}, {})) == [signal.SIGTERM]
+    calls: list[int] = []
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
+    try:
+        deferred = DeferredSignals()
+        deferred.handle([deferred.tell(), *told({15: 0.0})])  # it came to the other one
+        deferred.release()
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    assert calls == [signal.SIGTERM]
 
 
 class Recorded(Net):
@@ -167,6 +203,20 @@ def test_signals_at_any_moment_save_whole_steps(tmp_path: Path, precision: Any, 
     for step in saved:
         if step:
             assert_same(saved_weights(tmp_path / f"{step}.ckpt"), plain.after[step])
+
+
+def test_sigterm_ends_training_between_two_steps(tmp_path: Path) -> None:
+    class Terminated(Recorded):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.trainer.training and self.trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(x)
+
+    module = net(Terminated)
+    with pytest.raises(SIGTERMException):
+        trainer(tmp_path, zinf(**SHARDED)).fit(module, loader(6))
+    assert list(module.after) == [1, 2, 3]
+    assert_same(weights(module), module.after[3])
 
 
 def test_a_handler_that_stops_training(tmp_path: Path) -> None:
