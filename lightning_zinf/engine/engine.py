@@ -146,14 +146,14 @@ class Engine(Hooks):
 
     def before_backward(self) -> None:
         """Make room for the gradients of a backward that is about to start."""
-        self.between_steps = False
+        after_step, self.between_steps = self.between_steps, False
         if self.profile is not None:
             self.profile.forward_ended()
         self.pager.gather(self._flipping)
         for unit in self.units:
             for buffer in unit.buffers:
                 buffer.gradients.before_backward()
-        self.pager.before_backward()
+        self.pager.before_backward(after_step=after_step)
         if self._needs_net:  # recomputation saves tensors too, and so does a backward that builds a graph
             self._net.enter()
             self._backward_nets += 1

@@ -256,11 +256,16 @@ class Gatherer:
         with torch.inference_mode(False), torch.no_grad():
             self._start_ahead(wrap=wrap)
 
-    def before_backward(self) -> None:
-        """A backward begins: the disk has time to fetch state."""
+    def before_backward(self, *, after_step: bool) -> None:
+        """A backward begins: the disk has time to fetch state.
+
+        Args:
+            after_step: It is the first one since an optimizer step.
+        """
         if self._updated:  # else this is another backward of the same step
             self._first = list(self._updated)
             self._updated.clear()
+        if after_step:
             self._backwards, self._expected_backwards = 0, self._backwards
         self._backwards += 1
         self.early.begin()

@@ -122,6 +122,19 @@ def test_state_only(precision: str, aliased: bool | None, tmp_path: Path) -> Non
     assert step["device_to_host_bytes"] == (2 * weight * plain if aliased is False else 0)
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_state_that_is_read_ahead_is_read_once(accumulate: int, early: bool, tmp_path: Path) -> None:
+    """Also in the first of several backwards, which the optimizer step does not follow."""
+    recipe = Recipe(accumulate=accumulate, clip_norm=None if early else 1.0)
+    with session(ZOO["mlp"], tmp_path, Where("none", "nvme", early=early), "bf16-mixed", recipe) as running:
+        numel = sum(padded(layer, 2) for layer in running.model if isinstance(layer, torch.nn.Linear))
+        running.train(4)
+        running.engine.flush()
+        grown = moved(running, lambda: (running.train(6), running.engine.flush()))
+        assert (grown["nvme_read_bytes"], grown["nvme_write_bytes"]) == (6 * 10 * numel, 6 * 10 * numel)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_weights_only(precision: str, tmp_path: Path) -> None:
     weight = WEIGHT[precision]
