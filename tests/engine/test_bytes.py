@@ -127,7 +127,7 @@ def test_state_only(precision: str, aliased: bool | None, tmp_path: Path) -> Non
 def test_state_that_is_read_ahead_is_read_once(accumulate: int, early: bool, tmp_path: Path) -> None:
     """Also in the first of several backwards, which the optimizer step does not follow."""
     recipe = Recipe(accumulate=accumulate, clip_norm=None if early else 1.0)
-    with session(ZOO["mlp"], tmp_path, Where("none", "nvme", early=early), "bf16-mixed", recipe) as running:
+    with session(ZOO["mlp"], tmp_path, Where("none", "nvme", early=early, tight=True), "bf16-mixed", recipe) as running:
         numel = sum(padded(layer, 2) for layer in running.model if isinstance(layer, torch.nn.Linear))
         running.train(4)
         running.engine.flush()
