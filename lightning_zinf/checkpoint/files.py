@@ -36,6 +36,13 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Of buffers only: what autograd trains is above.
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100 * 2**20
@@ -392,7 +399,7 @@ def write_safetensors(folder: Folder, name: str, tensors: Mapping[str, Tensor]) 
     try:
         writer.write(header({n: (NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}))
         for tensor in tensors.values():
-            writer.write(raw_bytes(tensor.detach().cpu().contiguous()))
+            writer.write(raw_bytes(tensor.detach().cpu().resolve_conj().contiguous()))
         return writer.finish()
     except BaseException:
         writer.abandon()

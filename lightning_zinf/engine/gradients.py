@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from lightning_zinf.engine.guard import KeptGradient, guard, plainly
+from lightning_zinf.engine.guard import KeptGradient, guard, lift, plainly
 from lightning_zinf.engine.squares import Squares
 
 if TYPE_CHECKING:
@@ -185,14 +185,9 @@ class WholeGradients:
     @plainly
     def _show(self) -> None:
         """Take the guards away; one that the user has taken away means that the gradient was to go."""
-        for index in self._guarded:
-            param = self._buffer.params[index]
-            if isinstance(param.grad, KeptGradient):
-                param.grad = None
-            else:
-                self._sums.pop(index, None)
-                self._arrived.pop(index, None)
-        self._guarded.clear()
+        for index in lift(self._buffer.params, self._guarded):
+            self._sums.pop(index, None)
+            self._arrived.pop(index, None)
 
     def before_backward(self) -> None:
         """Make room for the gradients of another backward."""

@@ -4,19 +4,19 @@ Note [Guards]
 ~~~~~~~~~~~~~
 With several ranks a parameter's gradient is this rank's own until it is reduced, and a shard of everybody's after. With
 an accelerator it is in host memory, where memory is short on NVMe, and under accumulation in bfloat16 most of it is in
-a float32 sum. That is not what
-code that reads or scales ``p.grad`` (``torch.nn.utils.clip_grad_norm_``) takes it for, and with None in its place such
-code would quietly do nothing. So a tensor is put there that answers what shape it has, and raises for everything else.
+a float32 sum. That is not what code that reads or scales ``p.grad`` (``torch.nn.utils.clip_grad_norm_``) takes it for,
+and with None in its place such code would quietly do nothing. So a tensor is put there that answers what shape it has,
+and raises for everything else.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_zinf.parameters import METADATA, stand_in
 
@@ -56,6 +56,23 @@ def guard(like: Tensor) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         value = stand_in(like.shape, like.dtype, like.device)
         return torch.Tensor._make_subclass(KeptGradient, value, False)
+
+
+def lift(params: Sequence[nn.Parameter], guarded: set[int]) -> list[int]:
+    """Take the guards of parameters away; return those whose guard the user has taken away: their gradient is to go.
+
+    Args:
+        params: The parameters of a buffer.
+        guarded: Indices of those that have guards; empty afterwards.
+    """
+    dropped = []
+    for index in guarded:
+        if isinstance(params[index].grad, KeptGradient):
+            params[index].grad = None
+        else:
+            dropped.append(index)
+    guarded.clear()
+    return dropped
 
 
 def plainly(method: Callable[P, R]) -> Callable[P, R]:

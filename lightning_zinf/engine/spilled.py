@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.engine.gradients import Piece, refuse_sparse
-from lightning_zinf.engine.guard import KeptGradient, guard, plainly
+from lightning_zinf.engine.guard import KeptGradient, guard, lift, plainly
 from lightning_zinf.engine.squares import Squares, sums_of_squares
 from lightning_zinf.memory.nvme import Extent
 from lightning_zinf.memory.slots import Slot
@@ -169,13 +169,7 @@ class SpilledGradients:
     @plainly
     def _show(self) -> None:
         """Take the guards away; one that the user has taken away means that the gradient was to go."""
-        for index in self._guarded:
-            param = self._buffer.params[index]
-            if isinstance(param.grad, KeptGradient):
-                param.grad = None
-            else:
-                self._forget([index])
-        self._guarded.clear()
+        self._forget(lift(self._buffer.params, self._guarded))
 
     def _forget(self, indices: Collection[int]) -> None:
         self._in_fresh.difference_update(indices)

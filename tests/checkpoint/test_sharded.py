@@ -126,6 +126,36 @@ def test_keys_that_do_not_match(tmp_path: Path, half: Any) -> None:
         used.test(net(Wider), loader(2), ckpt_path=half["none", "32-true"], verbose=False)
 
 
+class Buffers(Model):
+    """Buffers of dtypes that nothing trains in: rotations as complex numbers, scales of quantized weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rotations", torch.polar(torch.ones(4), torch.arange(4.0)))
+        self.register_buffer("turned", self.rotations.conj())
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64):
+            self.register_buffer(str(dtype).replace(".", "_"), torch.arange(5).to(dtype))
+
+
+def comparable(buffer: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(buffer.resolve_conj()) if buffer.is_complex() else buffer.double()
+
+
+def test_buffers_of_other_dtypes(tmp_path: Path) -> None:
+    trained, used = fit(tmp_path, "nvme", 1, kind=Buffers)
+    used.save_checkpoint(tmp_path / "a.ckpt")
+    expected = dict(trained.named_buffers())
+    loaded = net(Buffers)
+    for buffer in loaded.buffers():
+        buffer.zero_()
+    trainer(tmp_path, strategy("none")).validate(loaded, loader(1), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    with Checkpoint(tmp_path / "a.ckpt") as source:
+        source.verify([info.path for info in source.manifest.files])
+    for name, buffer in loaded.named_buffers():
+        assert buffer.dtype == expected[name].dtype
+        assert torch.equal(comparable(buffer), comparable(expected[name])), name
+
+
 def test_what_hooks_remove_is_left_out(tmp_path: Path) -> None:
     class Adapter(Model):
         strict_loading = False
