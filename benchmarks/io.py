@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _fio import fill, run_fio
 
 from lightning_zinf.ops.io import File, IOEngine, Ticket
 from lightning_zinf.ops.memory import host_empty
@@ -30,13 +29,6 @@ REQUEST = 64 << 20  # bytes: about a unit's plane
 IN_FLIGHT = 3  # requests ahead, as a prefetching engine has
 Runner = Callable[[str, tuple[str, ...], dict[str, Path], argparse.Namespace], float]
 CASES = {"read": ("read",), "write": ("write",), "both": ("read", "write")}
-
-
-def fill(path: Path, nbytes: int, data: torch.Tensor) -> None:
-    with IOEngine(backend="threads") as engine, File(path, nbytes, unlink=False) as file:
-        for offset in range(0, nbytes, data.nbytes):
-            engine.write(file, offset, data).wait()
-        file.fsync()
 
 
 def stream(engine: IOEngine, operation: str, path: Path, args: argparse.Namespace, rates: list[float]) -> None:
@@ -71,26 +63,6 @@ def run_ours(backend: str, operations: tuple[str, ...], paths: dict[str, Path], 
     if len(rates) != len(operations):
         raise SystemExit(f"benchmarks/io.py: {backend} {operations} failed, see above")
     return sum(rates)
-
-
-def run_fio(backend: str, operations: tuple[str, ...], paths: dict[str, Path], args: argparse.Namespace) -> float:
-    jobs, depth = (args.threads, 1) if backend == "psync" else (1, args.depth)
-    share = args.size // jobs // args.block_bytes * args.block_bytes
-    command = [
-        *("fio", "--output-format=json", f"--ioengine={backend}", f"--bs={args.block_bytes}", f"--iodepth={depth}"),
-        *(f"--direct={int(args.direct)}", "--time_based", f"--runtime={args.seconds}", f"--numjobs={jobs}"),
-        *(f"--size={share}", f"--offset_increment={share}", "--thread", "--group_reporting=1", "--invalidate=0"),
-        *("--scramble_buffers=0", "--fallocate=none", "--allow_file_create=0"),  # no work but the transfers
-    ]
-    for name in operations:
-        command += [f"--name={name}", f"--rw={name}", f"--filename={paths[name]}", "--new_group"]
-    # Buffers in huge pages, as ours are: fewer and longer segments, up to twice the bandwidth on virtual drives.
-    environment = {**os.environ, "GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(args.huge_pages)}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        raise SystemExit(f"benchmarks/io.py: fio failed: {done.stderr.strip() or done.stdout.strip()[-500:]}")
-    groups = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
-    return float(sum(group[name]["bw_bytes"] for group in groups for name in operations))
 
 
 def contenders(args: argparse.Namespace) -> dict[str, tuple[str, Runner]]:

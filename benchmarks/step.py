@@ -6,8 +6,8 @@
 Each case is a process of its own, and the cases take turns (--rounds), so that a change of the machine's speed hits
 all. DeepSpeed's cases are trained by an interpreter of its own (--deepspeed). Printed are medians over rounds, and
 ratios to the plain Trainer of the same round. "floor" is max(compute, bytes over bandwidth): compute is the step of the
-RAM tier, bytes are the counted NVMe bytes of a step, and the bandwidth is what benchmarks/io.py measures for reading
-and writing at once (--disk, GB/s).
+RAM tier, bytes are the counted NVMe bytes of a step, and the bandwidth is what fio has in the same round, reading and
+writing at once; without fio there is no such column.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any
 
 import _deepspeed
 import _fsdp2
+from _fio import Disk
 from _process import device_peak, gpt, peak_rss, run_case, tokens
 
 _ALL_NVME = {"offload_params": "nvme", "offload_optimizer": "nvme"}
@@ -138,7 +140,6 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--host-bytes", type=int, default=0, help="memory.host_bytes of the nvme cases; 0 = default")
-    parser.add_argument("--disk", type=float, default=0.0, help="GB/s of the disk, reading and writing at once")
     parser.add_argument("--nvme-path", default="")
     parser.add_argument("--cases", nargs="+", default=BEFORE, choices=[*CASES, *_fsdp2.CASES, *_deepspeed.CASES])
     parser.add_argument("--budgets", nargs="+", type=int, default=[], help="MiB: also zinf auto with these host_bytes")
@@ -155,18 +156,22 @@ def main() -> None:
     if not args.deepspeed and set(args.cases) & set(_deepspeed.CASES):
         parser.error("DeepSpeed's cases need --deepspeed PYTHON: an interpreter that has it (pip install deepspeed)")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in args.cases}
+    rates: list[float] = []
     with tempfile.TemporaryDirectory(dir=args.nvme_path or ".") as folder:
+        disk = Disk(Path(folder)) if shutil.which("fio") else None
         for turn in range(args.rounds):
+            if disk is not None:
+                rates.append(disk.measure())
             for name in args.cases:
                 print(f"\r\033[Kround {turn + 1} of {args.rounds}: {name}", end="", file=sys.stderr, flush=True)
                 python = args.deepspeed if name in _deepspeed.CASES else sys.executable
                 command = [python, __file__, *sys.argv[1:], "--child", name, "--nvme-path", folder]
                 results[name].append(run_case(name, command))
     print("\r\033[K", end="", file=sys.stderr)
-    show(args, results)
+    show(args, results, rates)
 
 
-def show(args: argparse.Namespace, results: dict[str, list[dict[str, float]]]) -> None:
+def show(args: argparse.Namespace, results: dict[str, list[dict[str, float]]], rates: list[float]) -> None:
     """Print the table, and write it as JSON if asked."""
 
     def median(name: str, key: str) -> float:
@@ -174,6 +179,10 @@ def show(args: argparse.Namespace, results: dict[str, list[dict[str, float]]]) -
 
     base = results.get("plain")
     print(f"GPT {args.layers} x {args.hidden}, {args.batch} x {args.seq} tokens, {args.precision}, clip {args.clip}")
+    if rates:
+        print(
+            f"fio reads and writes {statistics.median(rates) / 1e9:.2f} GB/s at once ({min(rates) / 1e9:.2f} at least)"
+        )
     print(
         f"{'case':<20}{'step s':>9}{'x plain':>9}{'peak MiB':>10}{'x plain':>9}{'read MB':>9}{'write MB':>9}"
         f"{'stall s':>9}{'update s':>9}{'x floor':>9}" + f"{'on GPU':>9}" * (args.device != "cpu")
@@ -187,8 +196,11 @@ def show(args: argparse.Namespace, results: dict[str, list[dict[str, float]]]) -
         )
         moved = median(name, "nvme_read_bytes") + median(name, "nvme_write_bytes")
         floor = float("nan")
-        if args.disk and moved and "zinf ram" in results:
-            floor = median(name, "step") / max(median("zinf ram", "step"), moved / args.disk / 1e9)
+        if rates and moved and "zinf ram" in results:
+            floor = statistics.median(
+                r["step"] / max(ram["step"], moved / rate)
+                for r, ram, rate in zip(runs, results["zinf ram"], rates, strict=True)
+            )
         print(
             f"{name:<20}{median(name, 'step'):>9.3f}{ratio:>9.2f}{median(name, 'peak') / 2**20:>10.0f}{peak:>9.2f}"
             f"{median(name, 'nvme_read_bytes') / 1e6:>9.0f}{median(name, 'nvme_write_bytes') / 1e6:>9.0f}"
@@ -198,7 +210,7 @@ def show(args: argparse.Namespace, results: dict[str, list[dict[str, float]]]) -
             * (args.device != "cpu")
         )
     if args.json:
-        Path(args.json).write_text(json.dumps({"args": vars(args), "results": results}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps({"args": vars(args), "disk": rates, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
