@@ -79,9 +79,9 @@ def train(args: Namespace, step: Callable[[torch.Tensor], Any]) -> dict[str, flo
     return report | {"nvme_read_bytes": read / args.steps, "nvme_write_bytes": written / args.steps}
 
 
-def disk_bytes() -> tuple[int, int]:
-    """Return the bytes that this process has read from and written to disks."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+def disk_bytes(process: int | str = "self") -> tuple[int, int]:
+    """Return the bytes that a process has read from and written to disks."""
+    fields = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
     return int(fields["read_bytes"]), int(fields["write_bytes"])
 
 

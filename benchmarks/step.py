@@ -7,7 +7,9 @@ Each case is a process of its own, and the cases take turns (--rounds), so that 
 all. DeepSpeed's cases are trained by an interpreter of its own (--deepspeed). Printed are medians over rounds, and
 ratios to the plain Trainer of the same round. "floor" is max(compute, bytes over bandwidth): compute is the step of the
 RAM tier, bytes are the counted NVMe bytes of a step, and the bandwidth is what fio has in the same round, reading and
-writing at once; without fio there is no such column.
+writing at once; without fio there is no such column. Transfers take cores and memory from the computation, more so
+where the machine and the drive are virtual: the case "beside fio" is the RAM tier while fio reads and writes as many
+bytes a second as the NVMe case before it did, or as many as it gets to.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 import _deepspeed
 import _fsdp2
 from _fio import Disk
-from _process import device_peak, gpt, peak_rss, run_case, tokens
+from _process import device_peak, disk_bytes, gpt, peak_rss, run_case, tokens
 
 _ALL_NVME = {"offload_params": "nvme", "offload_optimizer": "nvme"}
 CASES: dict[str, dict[str, Any] | None] = {
@@ -40,6 +42,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "  update at once": {**_ALL_NVME, "overlap": {"update": "step"}},
     "  no prefetch": {**_ALL_NVME, "overlap": {"update": "forward", "prefetch": False}},
     "zinf auto": {},
+    "zinf ram beside fio": {"offload_params": "none", "offload_optimizer": "none"},
 }
 _BUDGET = re.compile(r"zinf auto (\d+) MiB")
 BEFORE = ["plain", "zinf ram", "zinf state on nvme", "zinf all on nvme"]
@@ -84,6 +87,9 @@ def child(args: argparse.Namespace) -> None:
             self.times.append(time.perf_counter())
             engine = getattr(trainer.strategy, "engine", None)
             self.counts.append(engine.counters.snapshot() if engine is not None else {})
+            if args.beside:
+                moved = zip(("nvme_read_bytes", "nvme_write_bytes"), disk_bytes(args.beside), strict=True)
+                self.counts[-1].update(moved)
 
     baseline = peak_rss(reset=True)
     loader = torch.utils.data.DataLoader(tokens(args), batch_size=args.batch)  # type: ignore[arg-type,var-annotated]
@@ -146,6 +152,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--deepspeed", default="", help="an interpreter that has DeepSpeed, for its cases")
     parser.add_argument("--json", default="", help="write the results to this file")
+    parser.add_argument("--beside", default="", help=argparse.SUPPRESS)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -157,6 +164,7 @@ def main() -> None:
         parser.error("DeepSpeed's cases need --deepspeed PYTHON: an interpreter that has it (pip install deepspeed)")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in args.cases}
     rates: list[float] = []
+    bytes_per_second = 0.0
     with tempfile.TemporaryDirectory(dir=args.nvme_path or ".") as folder:
         disk = Disk(Path(folder)) if shutil.which("fio") else None
         for turn in range(args.rounds):
@@ -166,7 +174,15 @@ def main() -> None:
                 print(f"\r\033[Kround {turn + 1} of {args.rounds}: {name}", end="", file=sys.stderr, flush=True)
                 python = args.deepspeed if name in _deepspeed.CASES else sys.executable
                 command = [python, __file__, *sys.argv[1:], "--child", name, "--nvme-path", folder]
-                results[name].append(run_case(name, command))
+                if name == "zinf ram beside fio":
+                    if disk is None or not bytes_per_second:
+                        parser.error(f"{name!r} needs fio, and an NVMe case before it in --cases")
+                    with disk.busy(bytes_per_second / 2) as process:
+                        results[name].append(run_case(name, [*command, "--beside", str(process)]))
+                    continue
+                results[name].append(done := run_case(name, command))
+                if moved := done.get("nvme_read_bytes", 0.0) + done.get("nvme_write_bytes", 0.0):
+                    bytes_per_second = moved / done["step"]
     print("\r\033[K", end="", file=sys.stderr)
     show(args, results, rates)
 
@@ -196,7 +212,7 @@ def show(args: argparse.Namespace, results: dict[str, list[dict[str, float]]], r
         )
         moved = median(name, "nvme_read_bytes") + median(name, "nvme_write_bytes")
         floor = float("nan")
-        if rates and moved and "zinf ram" in results:
+        if rates and moved and "zinf ram" in results and "fio" not in name:
             floor = statistics.median(
                 r["step"] / max(ram["step"], moved / rate)
                 for r, ram, rate in zip(runs, results["zinf ram"], rates, strict=True)
