@@ -5,11 +5,9 @@
 
 The first part is Figure 6b of the ZeRO-Infinity paper, scaled down: for each tiling factor the largest hidden size
 ``h`` whose single linear layer of ``h x 4h`` trains three steps in bf16-mixed with everything on NVMe, found by
-bisection. A child process trains with its data segment capped by RLIMIT_DATA, counted from what it has after its
-imports, as in fits.py. The initial weight is a memory-mapped file, which the cap does not count: building a layer
-larger than memory is not what is measured. ``train`` updates the layer; the gradients of its bfloat16 weight, 8 h^2
-bytes, stay in host memory until the first update, so they set a limit that tiling does not move. ``adapter`` freezes it
-and trains low-rank matrices beside it: then nothing but the weight counts.
+bisection. A child process builds and trains it with its data segment capped by RLIMIT_DATA, counted from what it has
+after its imports, as in fits.py. ``train`` updates the layer; ``adapter`` freezes it and trains low-rank matrices
+beside it.
 
 The second part times steps of a layer with state in memory and on NVMe, round by round in turn, as ratios to the step
 without tiling of the same round.
@@ -42,18 +40,7 @@ def data_bytes() -> int:
     raise OSError("no VmData in /proc/self/status")
 
 
-def mapped_weight(path: Path, rows: int, columns: int) -> Any:
-    """Return a weight in a memory-mapped file, filled with small numbers a few rows at a time."""
-    import torch
-
-    weight = torch.from_file(str(path), shared=True, size=rows * columns, dtype=torch.float32).view(rows, columns)
-    generator = torch.Generator().manual_seed(0)
-    for part in weight.split(max(1, 2**18 // columns)):
-        part.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
-    return torch.nn.Parameter(weight)
-
-
-def module(hidden: int, mode: str, folder: Path | None = None) -> Any:
+def module(hidden: int, mode: str) -> Any:
     """Return a module that trains one layer, or adapters beside it."""
     import lightning.pytorch as pl
     import torch
@@ -62,15 +49,19 @@ def module(hidden: int, mode: str, folder: Path | None = None) -> Any:
     class Wide(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(hidden, 4 * hidden, bias=False, device="meta" if folder else None)
-            if folder:
-                self.layer.weight = mapped_weight(folder / "weight.bin", 4 * hidden, hidden)
+            self.layer: nn.Linear | None = None
             self.adapter: nn.Module | None = None
+
+        def configure_model(self) -> None:
+            if self.layer is not None:
+                return
+            self.layer = nn.Linear(hidden, 4 * hidden, bias=False)
             if mode == "adapter":
                 self.layer.requires_grad_(False)
                 self.adapter = nn.Sequential(nn.Linear(hidden, 4, bias=False), nn.Linear(4, 4 * hidden, bias=False))
 
         def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            assert self.layer is not None
             out = self.layer(batch)
             return (out if self.adapter is None else out + self.adapter(batch)).float().square().mean()
 
@@ -104,7 +95,7 @@ def child(args: argparse.Namespace) -> None:
     from lightning_zinf import ZinfStrategy
 
     torch.set_num_threads(args.threads)
-    wide = module(args.hidden, args.mode, Path(args.folder))
+    wide = module(args.hidden, args.mode)
     data = torch.randn(3, args.hidden, generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(data, batch_size=1)  # type: ignore[arg-type,var-annotated]
     strategy = ZinfStrategy(

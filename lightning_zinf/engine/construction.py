@@ -8,7 +8,8 @@ parameter as long as the total is below the budget. Above it, the oldest ones go
 NVMe, or in stage 3 to the ranks, each of which keeps a slice (``shared_pages.py``). Whatever touches one later (an
 ``apply(init)`` at the end, a weight that is tied or copied) brings it back like any released parameter. So the peak
 is the budget plus the largest module, and with several ranks their slices; and the model's own init code draws the
-values that it always drew.
+values that it always drew. A single weight that is too large for memory is made in a mapped file (``mapped.py``),
+unless the ranks build the model together.
 
 The final partition reads page by page into the units' flat buffers.
 """
@@ -16,12 +17,13 @@ The final partition reads page by page into the units' flat buffers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lightning_zinf.comm.group import Ranks
 from lightning_zinf.config import PartitionConfig
+from lightning_zinf.engine.mapped import LargeTensors
 from lightning_zinf.engine.pages import SMALLEST_PAGE, ConstructionPager
 from lightning_zinf.engine.shared_pages import SHARED_BUDGET, SharedPager
 from lightning_zinf.memory.heap import large_blocks_apart
@@ -58,11 +60,23 @@ def shared_budget(config: PartitionConfig) -> int:
     return SHARED_BUDGET if asked is None else max(SMALLEST_PAGE, min(SHARED_BUDGET, asked // 2))
 
 
+def whole_limit(config: PartitionConfig, ranks: int = 1) -> int:
+    """Return the most bytes of a single tensor that may be in memory while a model is built.
+
+    Args:
+        config: How the model will be partitioned.
+        ranks: Number of processes on this host that build it at the same time.
+    """
+    asked = config.memory.host_bytes
+    return free_host_bytes() // (4 * ranks) if asked is None else max(asked // 2, SMALLEST_PAGE)
+
+
 def _pager_of(config: PartitionConfig, local_ranks: int, together: Ranks | None) -> ConstructionPager | None:
     budget = construction_budget(config, local_ranks)
     if budget is None:
         return None
     alone = ConstructionPager(config.nvme_paths, budget, config.io)
+    alone.large = LargeTensors(config.nvme_paths, whole_limit(config, local_ranks))
     if together is None or together.shard_size == 1 or config.stage < 3:
         return alone
     memory = 0 if config.offload_params == "nvme" else budget
@@ -91,7 +105,7 @@ def paged_construction(
         return
     handle = register_module_parameter_registration_hook(pager.seen)
     try:
-        with large_blocks_apart():
+        with large_blocks_apart(), pager.large or nullcontext():
             yield pager
     except BaseException as error:
         handle.remove()

@@ -27,6 +27,7 @@ from lightning_zinf.comm.group import Collectives, Ranks
 from lightning_zinf.config import IOConfig
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.context import EngineContext
+from lightning_zinf.engine.mapped import LargeTensors
 from lightning_zinf.engine.residence import AliasedWeights
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.slots import SlotRing, use_count
@@ -56,6 +57,7 @@ class ConstructionPager:
         self.context.fault = self._on_fault
         self.context.retire = self.retire
         self.pages = 0
+        self.large: LargeTensors | None = None
         self._folders, self._io, self._budget = folders, io, budget
         self._live: dict[int, weakref.ref[nn.Parameter]] = {}
         self._nbytes: dict[int, int] = {}
@@ -72,6 +74,8 @@ class ConstructionPager:
             return
         pageable = param.device.type == "cpu" and _pageable_dtype(param.dtype)
         if not pageable or param.nbytes < SMALLEST_PAGE or type(param.data) is not torch.Tensor:
+            return
+        if self.large is not None and self.large.made(param):  # not in memory, so it need not go
             return
         self._note(module, name, param)
         while self._live and self._live_bytes + param.nbytes > self._budget - self._budget // 4:  # the rest: pages

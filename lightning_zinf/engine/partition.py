@@ -182,11 +182,14 @@ def _machine(config: PartitionConfig, free: _Free, comm: Collectives | None, *, 
 
 
 def _present_bytes(root: nn.Module, device: torch.device) -> int:
-    """Return the bytes of parameters that are in memory on a device now, and go when they are partitioned."""
+    """Return the bytes of parameters that are in memory on a device now, and go when they are partitioned.
+
+    What is in a mapped file is not memory that was taken.
+    """
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
         for p in root.parameters()
-        if not isinstance(p, paging.Released) and p.device.type == device.type
+        if not isinstance(p, paging.Released) and p.device.type == device.type and (p.is_cuda or not p.is_shared())
     }
     return sum(storages.values())
 

@@ -21,6 +21,7 @@ as long as the copy itself.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ class Snapshot:
         self._ready: list[Held] = []
         self._queue: deque[Work] = deque()  # in order: everything; else copies
         self._urgent: Held | None = None
-        self._spare = list(spare)
+        self._spare = sorted(spare, key=Tensor.numel)
         self.held = [Held(self, buffer, places) for buffer, places in buffers]
         self._changes = [held.buffer.changes for held in self.held]
         self._not_ready = len(self.held)
@@ -283,9 +284,9 @@ class Snapshot:
 
     def _memory(self, nbytes: int) -> Tensor:
         with self._changed:
-            fitting = [i for i, m in enumerate(self._spare) if m.numel() >= nbytes]
-            if fitting:
-                return self._spare.pop(min(fitting, key=lambda i: self._spare[i].numel()))
+            smallest = bisect_left(self._spare, nbytes, key=Tensor.numel)
+            if smallest < len(self._spare):
+                return self._spare.pop(smallest)
             self._spare.clear()  # all too small; within the budget the new one takes their place
         return host_empty(nbytes)
 
@@ -342,7 +343,7 @@ class Snapshot:
                 work.held.busy -= 1
             else:
                 self._room += work.piece.nbytes
-                self._spare.append(work.copy)
+                insort(self._spare, work.copy, key=Tensor.numel)
                 work.copy = None
             self._changed.notify_all()
 
@@ -359,9 +360,9 @@ class Snapshot:
     def leftover(self) -> list[Tensor]:
         """Return memory of copies for another snapshot to use: no more than it will need at its beginning."""
         with self._changed:
-            spare, self._spare = sorted(self._spare, key=Tensor.numel, reverse=True), []
+            spare, self._spare = self._spare, []
         kept, room = [], self._at_once
-        for memory in spare:
+        for memory in reversed(spare):
             if memory.numel() <= room:
                 room -= memory.numel()
                 kept.append(memory)
