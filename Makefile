@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Flags for pytest, such as `make test PYTEST_ARGS="-x -k layout"`.
+# Flags for pytest, such as `make test PYTEST_ARGS="-x -k layout"`, or `PYTEST_ARGS="-n0 --pdb"`: in one process.
 PYTEST_ARGS ?=
+# A process for each core; the tests of a file go to the same one, and share what they have set up.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 TRAIN_CONFIG ?= configs/gpt_nvme.yaml
 # Number of compile and test jobs. A large machine is not taken whole: a sanitized compile needs up to 1 GB a job.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -le 8 ] && echo "$$n" || echo 8)
@@ -42,10 +44,10 @@ train: $(VENV)/.installed  ## Train a small GPT with its state on disk (about 3 
 	$(BIN)/python examples/gpt/train.py fit --config $(TRAIN_CONFIG)
 
 test: $(VENV)/.installed  ## Run the Python tests, less the slow ones
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed  ## Run the slow Python tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 comma := ,
 # $(1): build folder, $(2): build type, $(3): sanitizers, $(4): command before ctest
