@@ -144,6 +144,11 @@ class Engine(Hooks):
 
     # ------------------------------------------------------------------ steps
 
+    def reset(self) -> None:
+        """Get ready for the next step after an exception left frames open."""
+        super().reset()
+        self.between_steps = False  # a rank that failed before its backward would have it otherwise than the others
+
     def before_backward(self) -> None:
         """Make room for the gradients of a backward that is about to start."""
         after_step, self.between_steps = self.between_steps, False

@@ -74,6 +74,30 @@ def fit_measured(
         partition.free_host_bytes, partition.free_device_bytes, StepProfile.backward_ended = before  # type: ignore[method-assign]
 
 
+class Breaks(Deep):
+    """Raises on rank 1 alone, after the forward of its second step, until it is mended."""
+
+    broken = True
+
+    def on_before_backward(self, loss: Any) -> None:
+        if self.broken and self.global_rank == 1 and self.trainer.global_step == 1:
+            raise RuntimeError("broken on purpose")
+
+
+def fit_again_within(rank: int, size: int, folder: Path, budget: int) -> tuple[list[str], list[bool], bool]:
+    """Fit until rank 1 breaks, and again; return what each fit said and left, and whether speeds were measured."""
+    model, said, between = net(Breaks), ["", ""], []
+    for number in range(2):
+        strategy = lightning_zinf.ZinfStrategy(memory=lightning_zinf.MemoryConfig(host_bytes=budget))
+        try:
+            trainer(folder, strategy, devices=size, max_epochs=5).fit(model, loader(12))
+        except Exception as error:
+            said[number] = f"{type(error).__name__}: {error}"
+        between.append(engine(model).between_steps)
+        model.broken = False
+    return said, between, engine(model).plan.prediction is not None
+
+
 def fit_with_speeds(
     rank: int, size: int, folder: Path, options: dict[str, Any], budget: int | None, speeds: list[Speeds]
 ) -> dict[str, Any]:

@@ -59,3 +59,14 @@ def test_ranks_follow_the_slowest(options: dict[str, Any], tmp_path: Path) -> No
     for rank in found:
         for name, weight in ample[0]["weights"].items():
             assert torch.equal(rank["weights"][name], weight), name
+
+
+def test_after_an_exception_on_one_rank_steps_are_counted_alike(tmp_path: Path) -> None:
+    """One rank breaks between its forward and its backward, the other in its backward; then both fit again."""
+    budget = sum(p.nbytes for p in net(measured.Deep).parameters()) * 7 // 4
+    found = pool(2).run(measured.fit_again_within, tmp_path, budget)
+    for said, between, predicted in found:
+        assert "broken on purpose" in said[0]
+        assert said[1] == ""
+        assert between == [False, True]
+        assert predicted
