@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from lightning_zinf import full_state_dict
 from lightning_zinf.comm.group import ranks_of
 from lightning_zinf.config import IOConfig, MemoryConfig, PartitionConfig
+from lightning_zinf.engine import construction
 from lightning_zinf.engine.construction import paged_construction, shared_budget
+from lightning_zinf.engine.pages import SMALLEST_PAGE
 from lightning_zinf.engine.partition import partition
 from lightning_zinf.engine.shared_pages import SharedPager
 from lightning_zinf.layout import FlatLayout
@@ -76,6 +79,17 @@ def narrow() -> nn.Module:
     return nn.Sequential(*[nn.Linear(SIDE, SIDE, dtype=torch.bfloat16) for _ in range(20)])
 
 
+def padded() -> nn.Module:
+    """Weights of 99 KiB that fill no whole number of pages, of which some are used again when all are made."""
+    model = nn.Sequential(*[nn.Linear(*sides, bias=False) for sides in [(131, 193), (193, 131)] * 6])
+    with torch.no_grad():
+        for layer in model[::2]:
+            nn.init.normal_(layer.weight)
+        model[1].weight.copy_(model[7].weight)
+        model[3].weight[5] += 1.0
+    return model
+
+
 def loaded() -> nn.Module:
     """A state dict is loaded into what was cut."""
     model = Deep()
@@ -90,6 +104,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
     "halved": halved,
     "narrow": narrow,
+    "padded": padded,
     "loaded": loaded,
 }
 
@@ -257,6 +272,34 @@ def partition_again(rank: int, size: int, folder: Path) -> tuple[str, dict[str, 
     values = full_state_dict(model)
     engine.dissolve()
     return said, values
+
+
+def keep_unequally(rank: int, size: int, folder: Path, memory: list[int]) -> dict[str, Any]:
+    """Build a model where each rank's slices have room of their own in memory; return where they rest, and values.
+
+    Args:
+        rank: This rank.
+        size: Number of ranks.
+        folder: For files.
+        memory: Bytes of slices that stay in memory, by rank.
+    """
+    config = config_of(folder, "none", 8 * SMALLEST_PAGE)
+    ranks = ranks_of(None, PATIENCE, size)
+    torch.manual_seed(3 + rank)
+    room = mock.patch.object(construction, "construction_budget", return_value=memory[rank])
+    with room, paged_construction(config, size, ranks) as pager:
+        model = padded()
+    assert isinstance(pager, SharedPager)
+    pages = {name: owner_of(p) for name, p in model.named_parameters()}
+    cut = {name: found[0] for name, found in pages.items() if found is not None}
+    seen: dict[str, Any] = {"on_nvme": {name: page.weights.extent is not None for name, page in cut.items()}}
+    seen["kept"] = pager.kept_bytes
+    values = values_of(model)
+    seen["built"] = {name: values[name] for name in cut}
+    engine = partition(model, replace(config, memory=MemoryConfig()), list(model.parameters()), ranks)
+    seen["partitioned"] = full_state_dict(model)
+    engine.dissolve()
+    return seen
 
 
 # ---------------------------------------------------------------------- memory

@@ -62,6 +62,21 @@ def test_parameters_larger_than_the_budget(tmp_path: Path) -> None:
     check(2, "deep", "nvme", True, tmp_path, budget=WEIGHT // 2)
 
 
+@pytest.mark.parametrize("memory", [[100_000, 400_000], [400_000, 100_000]])
+def test_slices_in_memory_on_one_rank_and_on_nvme_on_the_other(memory: list[int], tmp_path: Path) -> None:
+    """Ranks with unequal room: a page rests where each rank has it, and has rank 0's values on both."""
+    expected, _ = buildings.plainly("padded")
+    found = pool(2).run(buildings.keep_unequally, tmp_path, memory)
+    places = [seen["on_nvme"] for seen in found]
+    assert list(places[0]) == list(places[1])
+    assert any(a != b for a, b in zip(places[0].values(), places[1].values(), strict=True))
+    for seen, room in zip(found, memory, strict=True):
+        assert 0 < seen["kept"] <= room
+        assert not all(seen["on_nvme"].values())
+        assert_equal(seen["built"], {name: expected[name] for name in seen["built"]})
+        assert_equal(seen["partitioned"], expected)
+
+
 @pytest.mark.parametrize("kind", ["read", "write", "lost write"])
 def test_what_one_rank_does_alone(kind: str, tmp_path: Path) -> None:
     """What rank 0 makes of a parameter is what counts, as if it were sent at the end."""
