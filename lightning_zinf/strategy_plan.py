@@ -8,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_zinf.engine.placing import move
+from lightning_zinf.engine.placing import agree, move
 from lightning_zinf.memory.planner import Plan, complete
 from lightning_zinf.memory.planner.speeds import Speeds, best_rings, with_speeds
 from lightning_zinf.planning.report import duration, human, memory_text, refusal
@@ -77,7 +77,9 @@ class PlanPart(RanksPart):
         engine = self.engine
         engine.plan = before = with_speeds(engine.plan, speeds)
         plan = best_rings(before)
-        if plan is not before and move(engine, plan) and before.prediction is not None and plan.prediction is not None:
+        if plan is before:
+            agree(engine, plan.decision)  # others may be about to move
+        elif move(engine, plan) and before.prediction is not None and plan.prediction is not None:
             rank_zero_info(
                 f"zinf: planes have moved, as the speeds measured in this run suggest: a step is predicted to take "
                 f"{duration(plan.prediction.seconds)} instead of {duration(before.prediction.seconds)}\n"
@@ -100,6 +102,7 @@ class PlanPart(RanksPart):
             clip=clip,
             given_back=engine.given_back,
         )
+        agree(engine, plan.decision)
         told = f"zinf: the first training step kept {human(kept.total)} for backward"
         if kept.grown:
             told += " (by which the memory in use grew)"

@@ -5,7 +5,8 @@ Note [Moving planes]
 A plan that is made anew between two steps may have planes rest elsewhere. Updates are applied first, so what moves are
 the bits of each plane as they are, unit after unit: no more than one unit is in memory twice. A buffer keeps its
 identity, its parameters and its gradients; it gets weights or state of another kind. With several ranks all of them
-move the same, since gathering a unit takes all of them.
+move the same, since gathering a unit takes all of them. They plan by the same numbers, so they decide the same; that
+they did is compared before anything moves, or stays.
 
 Rings get the size that the new plan has, before planes move where they shrink and after where they grow, so that both
 together keep within the budget. The bytes on disk of planes that leave it are not used again.
@@ -16,7 +17,9 @@ be there between two steps too, and memory has room for its planes only because 
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -108,6 +111,47 @@ def _store(config: PartitionConfig, context: EngineContext, nbytes: int) -> Nvme
 # ---------------------------------------------------------------------- another plan
 
 
+def agree(engine: Engine, decision: Decision) -> None:
+    """With several ranks, see that all have decided the same; call it on all of them, before anything moves.
+
+    Args:
+        engine: The engine of a model.
+        decision: What this rank is about to go by, be it that all stays where it is.
+
+    Raises:
+        RuntimeError: On all ranks, with what each has decided, if it is not the same.
+    """
+    if engine.rounds is None:
+        return
+    before = engine.plan.decision
+    mine = struct.pack("<I", zlib.crc32(repr((before, decision)).encode())) + _told(before, decision).encode()
+    told = engine.rounds.meet("a comparison of plans", mine)
+    if len({text[:4] for text in told}) > 1:
+        said = "; ".join(
+            f"rank {rank} ({struct.unpack('<I', text[:4])[0]:08x}): {text[4:].decode()}"
+            for rank, text in enumerate(told)
+        )
+        raise RuntimeError(
+            "the ranks have made different plans of where weights and optimizer state rest, and none of them has moved "
+            f"anything: {said}. A plan follows from the model, the options and what all ranks measured together, so "
+            "give all ranks the same of them and the same versions of lightning-zinf. To train on without another "
+            "plan, say where all rests: set offload_params and offload_optimizer to something else than 'auto'"
+        )
+
+
+def _told(before: Decision, decision: Decision) -> str:
+    """Return what a rank decided in words and bytes."""
+    moves = sum(
+        (a.weights != b.weights) + (a.state != b.state) for a, b in zip(before.buffers, decision.buffers, strict=False)
+    )
+    resting = dict.fromkeys(("device", "host", "nvme"), 0)
+    for buffer in decision.buffers:
+        for _, tier, nbytes in buffer.planes():
+            resting[tier] += nbytes
+    rests = ", ".join(f"{nbytes} bytes on {tier}" for tier, nbytes in resting.items() if nbytes)
+    return f"{moves} moves, {rests}, {decision.slots} for slots, {decision.staging + decision.tiles.nbytes} for staging"
+
+
 def move(engine: Engine, plan: Plan) -> bool:
     """Have every plane rest where another plan has it; call it between two steps, on all ranks.
 
@@ -117,7 +161,11 @@ def move(engine: Engine, plan: Plan) -> bool:
 
     Returns:
         Whether it was done. A rank whose disk has no room for it keeps all where they are, with a warning.
+
+    Raises:
+        RuntimeError: On all ranks, if they have been given different plans.
     """
+    agree(engine, plan.decision)
     if engine.saving is not None:
         engine.saving.wait()
     engine.flush()
@@ -136,15 +184,7 @@ def move(engine: Engine, plan: Plan) -> bool:
         for (_, before, nbytes), (_, after, _) in zip(then.planes(), now.planes(), strict=True)
         if after == "nvme" != before
     )
-    problem = ""
-    try:
-        make_rings(engine.config, engine.context, decision, goes_out)
-    except OSError as error:
-        problem = str(error)
-    if engine.rounds is not None:
-        told = engine.rounds.meet("room for another plan", problem.encode())
-        problem = next((text.decode() for text in told if text), "")
-    if problem:
+    if problem := _make_room(engine, decision, goes_out):
         warnings.warn(f"planes stay where they are, though memory is short: {problem}", stacklevel=2)
         return False
     for unit in list(engine.pager.held):
@@ -159,6 +199,19 @@ def move(engine: Engine, plan: Plan) -> bool:
     engine.rewire()
     engine.plan, engine.placement = replace(plan, decision=decision), decision.where
     return True
+
+
+def _make_room(engine: Engine, decision: Decision, on_nvme: int) -> str:
+    """Make what was decided on and is not there (``make_rings``); return what is in the way on any rank, or nothing."""
+    problem = ""
+    try:
+        make_rings(engine.config, engine.context, decision, on_nvme)
+    except OSError as error:
+        problem = str(error)
+    if engine.rounds is not None:
+        told = engine.rounds.meet("room for another plan", problem.encode())
+        problem = next((text.decode() for text in told if text), "")
+    return problem
 
 
 def _ring_bytes(decision: Decision) -> int:

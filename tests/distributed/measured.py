@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 from lightning_cases import Net, block, loader, net, trainer
 from torch import nn
 
 import lightning_zinf
+from lightning_zinf import strategy_plan
 from lightning_zinf.engine import partition
 from lightning_zinf.engine import speeds as probing
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.partition import engine_of
 from lightning_zinf.engine.profile import StepProfile
+from lightning_zinf.memory.planner import Plan, make_plan
 from lightning_zinf.memory.planner.speeds import Speeds
 
 
@@ -96,6 +99,35 @@ def fit_again_within(rank: int, size: int, folder: Path, budget: int) -> tuple[l
         between.append(engine(model).between_steps)
         model.broken = False
     return said, between, engine(model).plan.prediction is not None
+
+
+def plan_apart(rank: int, size: int, folder: Path, budget: int, shares: list[float | None]) -> tuple[str, bool]:
+    """Fit within a budget until speeds are known, by which each rank plans with a share for rings of its own.
+
+    Args:
+        rank: This rank.
+        size: Number of ranks.
+        folder: For files.
+        budget: Bytes for planes and rings.
+        shares: Of the budget, by rank; None stays with what there is.
+
+    Returns:
+        What was said, and whether all planes are where they were before the first step.
+    """
+
+    def best_rings(plan: Plan) -> Plan:
+        share = shares[rank]
+        return plan if share is None else make_plan(plan.model, plan.machine, plan.options, rings=share)
+
+    model, watch, said = net(Deep), Watch(), ""
+    strategy = lightning_zinf.ZinfStrategy(memory=lightning_zinf.MemoryConfig(host_bytes=budget))
+    with mock.patch.object(strategy_plan, "best_rings", best_rings):
+        try:
+            trainer(folder, strategy, devices=size, max_epochs=5, callbacks=[watch]).fit(model, loader(12))
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+    buffers = [b for u in engine(model).units for b in u.buffers]
+    return said, watch.tiers[0] == [(b.params_tier, b.state_tier) for b in buffers]
 
 
 def fit_with_speeds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,17 @@ def test_after_an_exception_on_one_rank_steps_are_counted_alike(tmp_path: Path) 
         assert said[1] == ""
         assert between == [False, True]
         assert predicted
+
+
+@pytest.mark.parametrize("shares", [[1 / 16, None], [None, 1 / 16], [1 / 16, 3 / 4]])
+def test_ranks_that_plan_differently_all_raise(shares: list[float | None], tmp_path: Path) -> None:
+    """Before anything moves, also where one of them would leave all as it is."""
+    budget = sum(p.nbytes for p in net(measured.Deep).parameters()) * 7 // 4
+    found = pool(2).run(measured.plan_apart, tmp_path, budget, shares)
+    for said, stayed in found:
+        assert said.startswith("RuntimeError: the ranks have made different plans"), said
+        assert stayed
+    decided = re.findall(r"rank (\d) \((\w{8})\): (\d+) moves, [^;.]* bytes on nvme", found[0][0])
+    assert [rank for rank, *_ in decided] == ["0", "1"]
+    assert decided[0][1] != decided[1][1]
+    assert [int(moves) > 0 for *_, moves in decided] == [share is not None for share in shares]
