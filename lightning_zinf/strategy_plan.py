@@ -57,6 +57,18 @@ class PlanPart(RanksPart):
         if engine.probe is not None and (speeds := engine.probed()) is not None:
             self._follow_speeds(speeds)
 
+    def on_validation_start(self) -> None:
+        """Leave the evaluation out of what is measured of steps."""
+        if (engine := self._engine) is not None and engine.probe is not None:
+            engine.probe.evaluation_begins()
+        super().on_validation_start()
+
+    def on_validation_end(self) -> None:
+        """Go on with what is measured of steps."""
+        super().on_validation_end()
+        if (engine := self._engine) is not None and engine.probe is not None:
+            engine.probe.evaluation_ended()
+
     def on_train_end(self) -> None:
         """Complete the plan of a run that had one training step."""
         engine = self._engine

@@ -4,7 +4,8 @@ Note [Measured speeds]
 ~~~~~~~~~~~~~~~~~~~~~~
 Where a plan has something that speeds decide (``memory/planner/speeds.py``), a few steps after the first ones are
 recorded by a trace, which knows when the I/O threads finished, and dropped after: a disk was at work while anything was
-asked of it, the update while its spans ran and did not wait, and compute took what is left of the steps.
+asked of it, the update while its spans ran and did not wait, and compute took what is left of the steps. An evaluation
+between two of them is not of the steps; updates that had waited until then, and that it runs, are.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class SpeedProbe:
         self._seen = 0
         self._trace: Trace | None = None
         self._begin = 0
+        self._evaluations: list[tuple[int, int]] = []
+        self._evaluating: int | None = None
 
     @property
     def due(self) -> bool:
@@ -55,7 +58,19 @@ class SpeedProbe:
         mine = trace is not None and self._counters.trace is trace
         events = trace.events() if trace is not None else []
         self.stop()
-        return speeds_of(events, self._begin, time.perf_counter_ns(), STEPS) if mine else None
+        end = time.perf_counter_ns()
+        return speeds_of(events, self._begin, end, STEPS, self._evaluations) if mine else None
+
+    def evaluation_begins(self) -> None:
+        """What follows is no part of a step."""
+        if self._trace is not None:
+            self._evaluating = time.perf_counter_ns()
+
+    def evaluation_ended(self) -> None:
+        """What follows is."""
+        if self._evaluating is not None:
+            self._evaluations.append((self._evaluating, time.perf_counter_ns()))
+            self._evaluating = None
 
     def stop(self) -> None:
         """Record no more."""
@@ -64,7 +79,9 @@ class SpeedProbe:
         self._trace = None
 
 
-def speeds_of(events: Sequence[Event], begin: int, end: int, steps: int) -> Speeds:
+def speeds_of(
+    events: Sequence[Event], begin: int, end: int, steps: int, evaluations: Sequence[tuple[int, int]] = ()
+) -> Speeds:
     """Return the speeds that events tell of.
 
     Args:
@@ -72,6 +89,7 @@ def speeds_of(events: Sequence[Event], begin: int, end: int, steps: int) -> Spee
         begin: The first, in nanoseconds.
         end: The second.
         steps: Optimizer steps in between.
+        evaluations: When each evaluation in between began and ended, in nanoseconds.
     """
     done = [e for e in events if e.end is not None]
     spans = {s: [(e.begin, e.end or 0) for e in done if e.stage == s] for s in ("update", "wait")}
@@ -79,8 +97,9 @@ def speeds_of(events: Sequence[Event], begin: int, end: int, steps: int) -> Spee
     busy = {s: length([(e.begin, e.end or 0) for e in done if e.stage == s]) for s in moved}
     either = length([(e.begin, e.end or 0) for e in done if e.stage in moved])
     waits, both = length(spans["wait"]), length([*spans["update"], *spans["wait"]])
+    elsewhere = length([*spans["update"], *spans["wait"], *evaluations])
     return Speeds(
-        compute_seconds=max(0, end - begin - both) * 1e-9 / steps,
+        compute_seconds=max(0, end - begin - elsewhere) * 1e-9 / steps,
         update_seconds=max(0, both - waits) * 1e-9 / steps,
         nvme_read=_rate(moved["nvme_read"], busy["nvme_read"]),
         nvme_write=_rate(moved["nvme_write"], busy["nvme_write"]),

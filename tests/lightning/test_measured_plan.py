@@ -371,6 +371,26 @@ def test_real_speeds_are_measured(tmp_path: Path) -> None:
     assert engine(module).plan.prediction is not None
 
 
+def test_evaluations_between_the_measured_steps_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = net(Deep)
+    found: list[tuple[int, int, list[tuple[int, int]]]] = []
+
+    def noted(events: Any, begin: int, end: int, steps: int, evaluations: Any) -> Speeds:
+        found.append((begin, end, list(evaluations)))
+        return FAST
+
+    monkeypatch.setattr("lightning_zinf.engine.speeds.speeds_of", noted)
+    memory = MemoryConfig(host_bytes=3 * sum(p.nbytes for p in module.parameters()))
+    used = trainer(tmp_path, zinf("auto", memory=memory), max_epochs=2, val_check_interval=1)
+    used.fit(module, loader(), loader(2))
+    ((begin, end, evaluations),) = found
+    assert len(evaluations) == STEPS
+    moments = [begin, *(moment for span in evaluations for moment in span), end]
+    assert moments == sorted(set(moments))
+
+
 @pytest.mark.parametrize("place", ["device", "nvme", "turned off"])
 def test_nothing_is_recorded_where_speeds_decide_nothing(place: str, tmp_path: Path) -> None:
     module = net(Deep)

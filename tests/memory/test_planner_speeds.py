@@ -135,6 +135,9 @@ def test_speeds_of_a_trace() -> None:
     assert found.update_seconds == pytest.approx(1 / 16)
     assert found.compute_seconds == pytest.approx(1 / 4)
     assert speeds_of([], 0, second, 1) == Speeds(1.0, 0.0)
+    # An evaluation that runs the second half of the update: only that it is no compute differs.
+    evaluations = [(3 * second // 8, 5 * second // 8)]
+    assert speeds_of(events, 0, second, 2, evaluations) == replace(found, compute_seconds=pytest.approx(3 / 16))
 
 
 def test_the_probe_records_some_steps_and_leaves() -> None:
