@@ -21,24 +21,33 @@ class PlanPart(RanksPart):
 
     debug: bool
     _next_plan: Plan | None = None
+    _stored: Plan | None = None
     _samples = 1
 
     def _begin_plan(self) -> None:
-        """Keep the plan with the run, and have the first training step measured."""
-        self._next_plan = None
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        """Keep the plan with the run."""
+        self._stored = None
         self._store_plan()
-        if not trainer.fast_dev_run and not self.engine.plan.model.profiled:  # type: ignore[attr-defined]
-            self.engine.measure()
-        if not trainer.fast_dev_run and self.engine.plan.prediction is None:  # type: ignore[attr-defined]
-            self.engine.probe_speeds()
+
+    def on_train_start(self) -> None:
+        """Have measured what is not known yet: here, since a run may have a learning rate finder's before its own."""
+        super().on_train_start()
+        self._end_measuring()
+        assert self.lightning_module is not None
+        engine, trainer = self.engine, self.lightning_module.trainer
+        if engine.plan is not self._stored:
+            self._store_plan()
+        if not trainer.fast_dev_run and not engine.plan.model.profiled:  # type: ignore[attr-defined]
+            engine.measure()
+        if not trainer.fast_dev_run and engine.plan.prediction is None:  # type: ignore[attr-defined]
+            engine.probe_speeds()
 
     def _store_plan(self) -> None:
         """Keep the plan where the run's logger keeps the rest."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         folder = None if trainer.logger is None or trainer.fast_dev_run else trainer.log_dir  # type: ignore[attr-defined]
+        self._stored = None if folder is None else self.engine.plan
         if folder is not None and self.global_rank == 0:
             save_plan(self.engine.plan, folder)
 

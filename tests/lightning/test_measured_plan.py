@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning_cases import WIDTH, Net, assert_same, block, loader, net, trainer, weights, zinf
 from torch import Tensor, nn
@@ -369,6 +370,30 @@ def test_real_speeds_are_measured(tmp_path: Path) -> None:
     assert rates.flops is not None
     assert rates.adam is not None
     assert engine(module).plan.prediction is not None
+
+
+@pytest.mark.parametrize("steps", [2, WARM_UP + STEPS + 2])
+def test_a_run_that_looks_for_a_learning_rate_first(steps: int, tmp_path: Path) -> None:
+    """What the search was too short to measure is measured by the run after it, whose files have all of it."""
+    module, logger = net(Deep), CSVLogger(tmp_path, name="run")
+    memory = MemoryConfig(host_bytes=3 * sum(p.nbytes for p in module.parameters()))
+    known: list[bool] = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            plan = engine(module).plan
+            known.append(plan.model.profiled and plan.prediction is not None)
+
+    callbacks = [LearningRateFinder(num_training_steps=steps, early_stop_threshold=None, update_attr=False), Watch()]
+    strategy = zinf("auto", memory=memory)
+    used = trainer(tmp_path, strategy, max_epochs=2, logger=logger, callbacks=callbacks)
+    used.fit(module, loader())
+    assert known == [steps > WARM_UP + STEPS]  # of the run; the search has no callbacks but its own
+    plan = engine(module).plan
+    assert plan.model.profiled
+    assert plan.prediction is not None
+    kept = json.loads((Path(logger.log_dir) / "zinf_plan.json").read_text())
+    assert kept == json.loads(json.dumps(plan.told()))
 
 
 def test_evaluations_between_the_measured_steps_are_told_apart(
