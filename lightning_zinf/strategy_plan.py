@@ -1,4 +1,13 @@
-"""The strategy's plan: stored with the run, and completed by what its first training step keeps for backward."""
+"""The strategy's plan: stored with the run, and completed by what its first training step keeps for backward.
+
+Note [Measured once]
+~~~~~~~~~~~~~~~~~~~~
+A module's engine, and so its plan, outlive a run. Another run measures again what no longer holds: both activations and
+speeds if its first batch has other shapes than the one that was measured, if gradients are accumulated or clipped
+otherwise, if other parameters learn, or other modules are in training mode. Other options of the strategy make another
+engine. If it differs on one rank, all measure. A batch in which no tensors are found (an object of the user's own)
+tells nothing, so its run measures.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_zinf.engine.placing import agree, move
+from lightning_zinf.engine.profile import Kind, kind_of
 from lightning_zinf.memory.planner import Plan, complete
 from lightning_zinf.memory.planner.speeds import Speeds, best_rings, with_speeds
 from lightning_zinf.planning.report import duration, human, memory_text, refusal
@@ -22,6 +32,8 @@ class PlanPart(RanksPart):
     debug: bool
     _next_plan: Plan | None = None
     _stored: Plan | None = None
+    _begins = False
+    _kind: Kind | None = None
     _samples = 1
 
     def _begin_plan(self) -> None:
@@ -34,13 +46,30 @@ class PlanPart(RanksPart):
         super().on_train_start()
         self._end_measuring()
         assert self.lightning_module is not None
-        engine, trainer = self.engine, self.lightning_module.trainer
-        if engine.plan is not self._stored:
+        if self.engine.plan is not self._stored:
             self._store_plan()
-        if not trainer.fast_dev_run and not engine.plan.model.profiled:  # type: ignore[attr-defined]
+        self._begins = not self.lightning_module.trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def _measure_what_is_new(self, batch: Any) -> None:
+        """Have measured, from this step on, what has not been measured of such steps before."""
+        engine, plan = self.engine, self.engine.plan
+        kind = self._kind = kind_of(engine.root, batch, *self._accumulate_and_clip())
+        measured = (plan.model.profiled, plan.prediction is not None)  # the same on all ranks
+        same = tuple(kind is not None and kind == of for of in (engine.profiled_for, engine.probed_for))
+        if any(measured) and engine.rounds is not None:
+            told = engine.rounds.meet("a comparison of the first batch with earlier ones", bytes(same))
+            same = tuple(map(all, zip(*told, strict=True)))
+        if not (measured[0] and same[0]):
             engine.measure()
-        if not trainer.fast_dev_run and engine.plan.prediction is None:  # type: ignore[attr-defined]
+        if not (measured[1] and same[1]):
             engine.probe_speeds()
+
+    def _accumulate_and_clip(self) -> tuple[int, bool]:
+        """Return the micro-batches of a step, and whether gradients are clipped by their norm."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        clip = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm != "value"
+        return trainer.accumulate_grad_batches, clip
 
     def _store_plan(self) -> None:
         """Keep the plan where the run's logger keeps the rest."""
@@ -54,13 +83,16 @@ class PlanPart(RanksPart):
     def _follow_plan(self, batch: Any) -> None:
         """Before a training step: complete the plan once a step has been measured, and move what it has elsewhere."""
         engine = self.engine
+        if self._begins:
+            self._begins = False
+            self._measure_what_is_new(batch)
         if engine.profile is not None:
             self._complete_plan()
             self._samples = next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 1)
         if self._next_plan is not None and engine.between_steps:
             plan, self._next_plan = self._next_plan, None
             if move(engine, plan):
-                self._store_plan()
+                self._completed()
                 rank_zero_info(f"zinf: planes have moved to make room for activations\n{memory_text(engine.plan)}")
 
         if engine.probe is not None and (speeds := engine.probed()) is not None:
@@ -97,6 +129,7 @@ class PlanPart(RanksPart):
         """Plan once more, with speeds that are known now, and move planes if a step is predicted to be faster then."""
         engine = self.engine
         engine.plan = before = with_speeds(engine.plan, speeds)
+        engine.probed_for = self._kind
         plan = best_rings(before)
         if plan is before:
             agree(engine, plan.decision)  # others may be about to move
@@ -108,18 +141,22 @@ class PlanPart(RanksPart):
             )
         self._store_plan()
 
+    def _completed(self) -> None:
+        """The engine's plan has what the first step keeps for backward."""
+        self.engine.profiled_for = self._kind
+        self.engine.given_back = 0  # the plan's machine has it as free now
+        self._store_plan()
+
     def _complete_plan(self) -> None:
         engine = self.engine
         kept = engine.measured(self._samples)
         if kept is None:
             return
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        clip = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm != "value"
+        accumulate, clip = self._accumulate_and_clip()
         plan = complete(
             engine.plan,
             kept,
-            accumulate=trainer.accumulate_grad_batches,
+            accumulate=accumulate,
             clip=clip,
             given_back=engine.given_back,
         )
@@ -134,7 +171,7 @@ class PlanPart(RanksPart):
             rank_zero_info(f"{told}: memory is short, so fewer planes will rest there from the next step on")
         else:
             engine.plan = plan
-            self._store_plan()
+            self._completed()
             needs = "; ".join(
                 f"{tier.tier} {human(tier.needed)} of {human(tier.available)}" for tier in plan.tiers if tier.needed
             )

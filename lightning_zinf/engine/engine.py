@@ -15,7 +15,7 @@ from lightning_zinf.comm.group import Ranks, sum_over_shards
 from lightning_zinf.engine.activations import staying_storages
 from lightning_zinf.engine.buffer import FlatBuffer
 from lightning_zinf.engine.hooks import Absent, Hooks
-from lightning_zinf.engine.profile import StepProfile
+from lightning_zinf.engine.profile import Kind, StepProfile
 from lightning_zinf.engine.speeds import SpeedProbe
 from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.placement import Placement
@@ -51,6 +51,10 @@ class Engine(Hooks):
     """Measures speeds, for a few steps of a run."""
     given_back = 0
     """Bytes of host memory that the model took before it was partitioned, which the plan's machine has not as free."""
+    profiled_for: Kind | None = None
+    """The kind of step that the plan's activations were measured of."""
+    probed_for: Kind | None = None
+    """The kind of step that its speeds were measured of."""
     between_steps = False
     """Whether no backward has run since the last step of an optimizer, which sets it."""
 

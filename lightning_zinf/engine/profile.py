@@ -14,18 +14,45 @@ is counted, as one sum: on CUDA what the allocator has lent, on a CPU the pages 
 by whatever else the process did meanwhile.
 
 All of it ends with the first step; nothing is left behind that later steps would have to ask.
+
+A later run of the same model is measured again if its first step is of another kind (:func:`kind_of`): then it may keep
+something else. Where memory's growth counts, it counts less then: pages that an earlier run has left are used again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from lightning_zinf.engine.spans import span_of
 from lightning_zinf.memory.machine import process_bytes
+
+Kind = tuple[object, ...]
+"""What a kind of training step is: see :func:`kind_of`."""
+
+
+def kind_of(root: nn.Module, batch: Any, *settings: object) -> Kind | None:
+    """Return what tells apart the training steps of one model under the same options that may keep different amounts.
+
+    Args:
+        root: The model, of which it matters which parameters learn and which modules are in training mode.
+        batch: What the step is given, of which shapes and dtypes matter.
+        settings: What else matters.
+
+    Returns:
+        Something to compare with that of another step; None if the batch has no tensors by which steps could be told.
+    """
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not tensors:
+        return None
+    shapes = [(x.numel() if x.is_nested else tuple(x.shape), x.dtype) for x in tensors]
+    learns, training = (p.requires_grad for p in root.parameters()), (m.training for m in root.modules())
+    return tuple(shapes), tuple(learns), tuple(training), settings
 
 
 class StepProfile:

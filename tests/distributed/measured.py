@@ -9,6 +9,7 @@ from unittest import mock
 import lightning.pytorch as pl
 from lightning_cases import Net, block, loader, net, trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_zinf
 from lightning_zinf import strategy_plan
@@ -75,6 +76,17 @@ def fit_measured(
         }
     finally:
         partition.free_host_bytes, partition.free_device_bytes, StepProfile.backward_ended = before  # type: ignore[method-assign]
+
+
+def fit_with_batches(rank: int, size: int, folder: Path, sizes: list[list[int]]) -> list[int]:
+    """Fit once for each list of batch sizes, by rank; return the samples of the batch that each plan goes by."""
+    model, samples = net(Deep), []
+    for by_rank in sizes:
+        data = DataLoader(loader(12).dataset, batch_size=by_rank[rank])
+        running = trainer(folder, "nvme", devices=size, limit_train_batches=2, use_distributed_sampler=False)
+        running.fit(model, data)
+        samples.append(engine(model).plan.options.batch)
+    return samples
 
 
 class Breaks(Deep):

@@ -85,3 +85,8 @@ def test_ranks_that_plan_differently_all_raise(shares: list[float | None], tmp_p
     assert [rank for rank, *_ in decided] == ["0", "1"]
     assert decided[0][1] != decided[1][1]
     assert [int(moves) > 0 for *_, moves in decided] == [share is not None for share in shares]
+
+
+def test_a_fit_is_measured_again_where_batches_of_one_rank_differ(tmp_path: Path) -> None:
+    found = pool(2).run(measured.fit_with_batches, tmp_path, [[4, 4], [4, 6], [4, 6], [2, 3]])
+    assert found == [[4, 6, 6, 3]] * 2

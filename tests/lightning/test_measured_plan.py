@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning_cases import WIDTH, Net, assert_same, block, loader, net, trainer, weights, zinf
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_zinf import MemoryConfig, OverlapConfig
 from lightning_zinf.engine import partition
@@ -119,6 +120,31 @@ def test_a_second_fit_measures_nothing_again(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, "nvme").fit(module, loader())
     assert not [m for m in caplog.messages if "the first training step kept" in m]
+
+
+def test_a_second_fit_with_other_batches_is_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Activations and speeds, each once; what was free when the model was set up counts once as well."""
+    module = net(Deep)
+    memory = MemoryConfig(host_bytes=3 * sum(p.nbytes for p in module.parameters()))
+    seen, free, told = [], [], []
+    runs = [(BATCH, 1), (2 * BATCH, 1), (2 * BATCH, 1), (2 * BATCH, 2)]
+    for size, every in runs:
+        caplog.clear()
+        data = DataLoader(loader(24).dataset, batch_size=size)
+        with caplog.at_level(logging.INFO):
+            trainer(tmp_path, zinf("auto", memory=memory), accumulate_grad_batches=every, max_epochs=every).fit(
+                module, data
+            )
+        found = engine(module)
+        assert found.plan.prediction is not None
+        assert sum(u.saved_bytes * size for u in found.plan.model.units) == kept_by(module) * size // BATCH
+        seen.append((found.plan.options.batch, found.plan.options.accumulate))
+        assert found.profiled_for == found.probed_for
+        free.append((found.plan.machine.host_bytes, found.plan.options.present))
+        told.append(sum("the first training step kept" in m for m in caplog.messages))
+    assert seen == runs
+    assert len(set(free)) == 1
+    assert told == [1, 1, 0, 1]
 
 
 def test_what_the_root_keeps_counts_though_it_has_no_parameters(tmp_path: Path) -> None:
@@ -396,9 +422,7 @@ def test_a_run_that_looks_for_a_learning_rate_first(steps: int, tmp_path: Path) 
     assert kept == json.loads(json.dumps(plan.told()))
 
 
-def test_evaluations_between_the_measured_steps_are_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluations_between_the_measured_steps_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = net(Deep)
     found: list[tuple[int, int, list[tuple[int, int]]]] = []
 
