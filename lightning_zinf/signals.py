@@ -7,12 +7,16 @@ between the updates of two buffers. A handler that saves a checkpoint there, as 
 end a job, would find a mixture of two steps, or an engine that is not itself; and with several ranks each would be at
 another place when the handler wants to meet the others.
 
-So during training a handler is put off: the signal is noted, and the handler runs before the next training batch. With
-several ranks it runs once the signal has come to all of them, before the same batch. One that came only to some ranks
-is handled there after ``GRACE``.
+So during training, and in the sanity check before it, a handler is put off: the signal is noted, and the handler runs
+before the next training batch. With several ranks it runs once the signal has come to all of them, before the same
+batch. One that came only to some ranks is handled there after ``GRACE``.
 
 SIGTERM is Lightning's: its handler broadcasts a flag to all ranks, so all ranks run it as soon as one has the signal,
 before the same batch.
+
+When training ends, handlers are given back to their signals between two rounds: what came before the first, or while
+it was under way and its handlers ran, is handled then, and what comes later is handled at once. After an exception what
+is noted still is dropped, with a warning: there may be parts of a step, and other ranks may be gone.
 
 Left alone are the signals whose handlers mean to stop what runs now (SIGINT, timers), and those of faults and children.
 """
@@ -60,7 +64,7 @@ class DeferredSignals:
 
     def adopt(self) -> None:
         """Put off handlers that were installed since."""
-        if threading.current_thread() is not threading.main_thread():
+        if self._released or threading.current_thread() is not threading.main_thread():
             return
         for number in signal.valid_signals() - LEFT_ALONE:
             handler = signal.getsignal(number)
@@ -112,13 +116,17 @@ class DeferredSignals:
                 self._call(number, len(self._handlers[number]) - 1)
         self.adopt()
 
-    def release(self) -> None:
-        """Give handlers back to their signals; say which ones were not run."""
-        self._released = True
+    def give_back(self) -> None:
+        """Give handlers back to their signals: what comes from now on is handled at once, what is noted waits still."""
         if threading.current_thread() is threading.main_thread():
             for number, handlers in self._handlers.items():
                 if signal.getsignal(number) == self._note:
                     signal.signal(number, handlers[-1])
+        self._released = True  # only now: until it is given back, a signal is noted
+
+    def release(self) -> None:
+        """Give handlers back to their signals; say which ones were not run, and never will be."""
+        self.give_back()
         if self._since:
             names = ", ".join(map(_name, sorted(self._since)))
             log.warning(f"training ended before the handlers of these signals could run: {names}")

@@ -230,6 +230,7 @@ class ZinfStrategyBody(CheckpointsPart):
     def setup_environment(self) -> None:
         """Refuse what cannot work before anything is copied or built for it."""
         self._joined = False
+        self._release_signals()  # of a run whose end nobody told us of, as a callback had raised there
         if self.lightning_module is not None:
             trainer = self.lightning_module.trainer
             self._refuse_callbacks(trainer)
@@ -410,7 +411,7 @@ class ZinfStrategyBody(CheckpointsPart):
         Raises:
             OSError: On all ranks, if a checkpoint that was being saved in the background cannot be.
         """
-        self._release_signals()
+        self._end_signals("the end of a run without training")
         try:
             self._end_saving()
         finally:

@@ -114,8 +114,13 @@ class RanksPart(_Base):
     def on_train_start(self) -> None:
         """From here on signal handlers wait for the end of a batch."""
         super().on_train_start()
-        self._release_signals()
-        self._signals = DeferredSignals()
+        self._defer_signals()
+
+    def _defer_signals(self) -> None:
+        if self._signals is None:
+            self._signals = DeferredSignals()
+        else:  # since the sanity check
+            self._signals.adopt()
 
     def _between_batches(self) -> None:
         if not self._alone:
@@ -135,11 +140,19 @@ class RanksPart(_Base):
 
     def on_train_end(self) -> None:
         """Run the signal handlers that still wait, and let later ones run at once."""
-        self._handle_signals("the end of training", last=True)
-        self._release_signals()
+        self._end_signals("the end of training")
         super().on_train_end()
 
+    def _end_signals(self, place: str) -> None:
+        """Run the handlers that still wait, on all ranks, and let later ones run at once."""
+        if self._signals is not None:
+            self._handle_signals(place, last=True)
+            self._signals.give_back()
+            self._handle_signals(f"what follows {place}", last=True)
+            self._release_signals()
+
     def _release_signals(self) -> None:
+        """Let handlers run at once, where those that still wait must not run."""
         if self._signals is not None:
             self._signals.release()
             self._signals = None
@@ -180,7 +193,10 @@ class RanksPart(_Base):
             engine.broadcast(kept, "the start of an evaluation")
 
     def on_validation_start(self) -> None:
-        """Evaluate with rank 0's buffers."""
+        """Evaluate with rank 0's buffers; in the sanity check signal handlers wait for the first batch."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.sanity_checking:
+            self._defer_signals()
         self._sync_buffers()
 
     def on_test_start(self) -> None:

@@ -271,6 +271,39 @@ def save_at_a_signal(rank: int, size: int, folder: Path, strategy: Any) -> tuple
     return handled, [*found, state(loaded)]
 
 
+class CheckSignalled(Net):
+    """A signal comes in the sanity check, at a place of its own on each rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate((*self.blocks, self.head)):
+            if self.trainer.sanity_checking and number == self.global_rank:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            x = layer(x)
+        return x * self.scale
+
+
+def save_at_a_signal_in_the_sanity_check(
+    rank: int, size: int, folder: Path, strategy: Any
+) -> tuple[list[tuple[bool, int]], dict[str, Tensor], dict[str, Tensor]]:
+    """Return when the handlers ran, the weights before training, and what was saved."""
+    model, handled = net(CheckSignalled), []
+    running = build(size, lightning_zinf.ZinfStrategy(**strategy), folder)
+
+    def handler(*_: Any) -> None:
+        handled.append((running.sanity_checking, running.global_step))
+        running.save_checkpoint(folder / "saved.ckpt")
+
+    earlier = signal.signal(signal.SIGUSR1, handler)
+    try:
+        running.fit(model, loader(4), loader(2))
+    finally:
+        signal.signal(signal.SIGUSR1, earlier)
+    loaded = net()
+    running = build(size, lightning_zinf.ZinfStrategy(**strategy), folder)
+    running.validate(loaded, loader(2), ckpt_path=folder / "saved.ckpt", verbose=False)
+    return handled, dict(net().state_dict()), state(loaded)
+
+
 def sigterm_to_one_rank(rank: int, size: int, folder: Path, strategy: Any) -> tuple[str, int]:
     """Return what ended training, and after how many steps."""
 

@@ -145,6 +145,13 @@ def test_1_08_signals_on_ranks(setting: str, tmp_path: Path) -> None:
     assert_same(a, plain)
 
 
+def test_1_08_signals_in_the_sanity_check_on_ranks(tmp_path: Path) -> None:
+    """Section 1.8 (checkpoints): a handler that saves runs before the first batch, on all ranks."""
+    for handled, before, saved in two(sections.save_at_a_signal_in_the_sanity_check, tmp_path, SETTINGS["nvme"]):
+        assert handled == [(False, 0)]
+        assert_same(saved, before)
+
+
 def test_1_09_sigterm_on_ranks(tmp_path: Path) -> None:
     """Section 1.9 (processes): SIGTERM to one rank ends training on all of them, after the same step."""
     found = two(sections.sigterm_to_one_rank, tmp_path, SETTINGS["stage-3"])

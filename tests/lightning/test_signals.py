@@ -205,6 +205,48 @@ def test_signals_at_any_moment_save_whole_steps(tmp_path: Path, precision: Any, 
             assert_same(saved_weights(tmp_path / f"{step}.ckpt"), plain.after[step])
 
 
+@pytest.mark.parametrize("epochs", [1, 0], ids=["trains", "only checks"])
+def test_a_signal_in_the_sanity_check_waits_for_the_first_batch(tmp_path: Path, epochs: int) -> None:
+    """Or, if there is none, for the end."""
+
+    class Signalled(Net):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            if self.trainer.sanity_checking:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            super().validation_step(batch, batch_idx)
+
+    module = net(Signalled)
+    used = trainer(tmp_path, zinf(**SHARDED), max_epochs=epochs)
+    found: list[tuple[bool, int]] = []
+
+    def handler(*_: Any) -> None:
+        found.append((used.sanity_checking, used.global_step))
+        used.save_checkpoint(tmp_path / "first.ckpt")
+
+    signal.signal(signal.SIGUSR1, handler)
+    used.fit(module, loader(2), loader(2))
+    assert found == [(False, 0)]
+    assert_same(saved_weights(tmp_path / "first.ckpt"), weights(net()))
+    assert signal.getsignal(signal.SIGUSR1) is handler
+
+
+def test_a_signal_that_comes_while_training_ends_is_handled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """While the handlers that waited run: too late for them, and later ones ran at once only after that."""
+    module, handled = net(), []
+
+    def first(*_: Any) -> None:
+        handled.append(signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        handled.append(0)
+
+    signal.signal(signal.SIGUSR1, first)
+    signal.signal(signal.SIGUSR2, lambda number, frame: handled.append(number))
+    module.on_train_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    trainer(tmp_path, zinf(**SHARDED)).fit(module, loader(2))
+    assert handled == [signal.SIGUSR1, 0, signal.SIGUSR2]
+    assert "before the handlers of these signals could run" not in caplog.text
+
+
 def test_sigterm_ends_training_between_two_steps(tmp_path: Path) -> None:
     class Terminated(Recorded):
         def forward(self, x: Tensor) -> Tensor:
