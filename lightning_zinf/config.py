@@ -137,17 +137,19 @@ def nvme_paths(
 
     Raises:
         TypeError: If the option is something else.
-        ValueError: If it is an empty list, or has an empty name.
+        ValueError: If it is an empty list, or has an empty name or a URL.
     """
     if given is None:
         found = os.environ.get("ZINF_NVME_PATH", "").split(os.pathsep)
-        return tuple(path for path in found if path) or (str(Path(root) / "zinf_nvme"),)
+        return tuple(os.path.expanduser(path) for path in found if path) or (str(Path(root) / "zinf_nvme"),)
     several = [given] if isinstance(given, (str, os.PathLike)) else given
     if not isinstance(several, (list, tuple)) or not all(isinstance(p, (str, os.PathLike)) for p in several):
         raise TypeError(f"nvme_path must be a folder or a list of folders, got {given!r}")
     if not several or not all(os.fspath(path) for path in several):
         raise ValueError(f"nvme_path must name at least one folder, and no empty one, got {given!r}")
-    return tuple(os.fspath(path) for path in several)
+    if urls := [path for path in map(os.fspath, several) if "://" in path]:
+        raise ValueError(f"nvme_path must be on a disk of this machine, got the URL {urls[0]!r}")
+    return tuple(os.path.expanduser(os.fspath(path)) for path in several)
 
 
 @dataclass(frozen=True)

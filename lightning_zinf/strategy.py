@@ -128,6 +128,10 @@ class ZinfStrategyBody(CheckpointsPart):
         checkpoint: CheckpointConfig = CheckpointConfig(),  # noqa: B008
         debug: bool = False,
     ) -> None:
+        if timeout is not None and not isinstance(timeout, timedelta):
+            raise ValueError(f"timeout must be a datetime.timedelta or None, got {timeout!r}")
+        if start_method not in ("popen", "spawn", "fork", "forkserver"):
+            raise ValueError(f"start_method must be 'popen', 'spawn', 'fork' or 'forkserver', got {start_method!r}")
         super().__init__(
             process_group_backend=process_group_backend, timeout=timeout or timedelta(days=1), start_method=start_method
         )

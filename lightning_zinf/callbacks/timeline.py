@@ -50,6 +50,7 @@ class ZinfTimelineBody(_Base):
         self.steps = (start, stop)
         self._engine: Engine | None = None
         self._trace: Trace | None = None
+        self._recorded = False
 
     def file_of(self, trainer: Trainer, rank: int) -> Path:
         """Return the file of a rank."""
@@ -60,6 +61,7 @@ class ZinfTimelineBody(_Base):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the engine."""
         self._engine = self._trace = None
+        self._recorded = False
         if isinstance(trainer.strategy, ZinfStrategyBody):
             self._engine = trainer.strategy.engine
             return
@@ -79,6 +81,11 @@ class ZinfTimelineBody(_Base):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what is recorded if training ends before the steps do."""
         self._save(trainer)
+        if self._engine is not None and not self._recorded:
+            rank_zero_warn(
+                f"ZinfTimeline recorded nothing: training ended at step {trainer.global_step}, and steps={self.steps} "
+                "are asked for"
+            )
         self._engine = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -91,4 +98,5 @@ class ZinfTimelineBody(_Base):
         if trace is None or self._engine is None:
             return
         self._engine.counters.trace = None
+        self._recorded = True
         trace.save(self.file_of(trainer, trainer.global_rank))

@@ -31,6 +31,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from lightning_zinf.engine.units import check_classes
+
 
 class Steps(Protocol):
     """What recomputation needs of the engine."""
@@ -67,16 +69,11 @@ def modules_to_recompute(root: nn.Module, units: Sequence[nn.Module], asked: boo
                 "none: name classes of modules to recompute, as in activation_checkpointing=['Block']"
             )
     else:
-        names = {type(m).__name__ for m in root.modules() if m is not root}
-        unknown = [name for name in asked if name not in names]
-        if unknown or not asked:
-            raise ValueError(
-                f"activation_checkpointing={list(asked)!r}: the model has no module of class "
-                f"{', '.join(map(repr, unknown))}"
-                if unknown
-                else "activation_checkpointing=[] names no class: give names, True, or False"
-            )
-        found = [m for m in root.modules() if m is not root and type(m).__name__ in asked]
+        if not asked:
+            raise ValueError("activation_checkpointing=[] names no class: give names, True, or False")
+        inner = [m for m in root.modules() if m is not root]
+        check_classes("activation_checkpointing", asked, inner)
+        found = [m for m in inner if type(m).__name__ in asked]
     inside = {inner for module in found for inner in module.modules() if inner is not module}
     return [m for m in dict.fromkeys(found) if m not in inside]
 

@@ -6,11 +6,9 @@ From the top down, without help from the user:
 
 1. Modules of classes that the user named are units.
 2. The children of a ModuleList, ModuleDict or Sequential that has several parameterised children of one class are
-units:
-   these are the repeated blocks of a network.
+   units: these are the repeated blocks of a network.
 3. A subtree without such blocks inside is one unit if it is not larger than ``unit_bytes``; else its children are
-looked
-   at one by one, and a module that has no children is a unit whatever its size.
+   looked at one by one, and a module that has no children is a unit whatever its size.
 4. What is smaller than ``SMALL`` bytes joins the nearest module above; what is left belongs to the root unit.
 
 A parameter belongs to the first unit that reaches it, so tied weights have one owner. A wrong guess costs speed, never
@@ -19,7 +17,7 @@ correctness: a released parameter that is used outside of its unit's forward com
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -29,6 +27,8 @@ from lightning_zinf.engine.buffer import FlatBuffer
 
 SMALL = 64 * 1024
 """Bytes: a subtree with fewer is not worth a gather of its own."""
+_NAMED = 12
+"""Classes that an error message names."""
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -133,6 +133,18 @@ class UnitPlan:
     params: list[tuple[str, nn.Parameter]]
 
 
+def check_classes(option: str, classes: Sequence[str], modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError, with the names that there are, if a name is not the class of any of the modules."""
+    present = dict.fromkeys(type(m).__name__ for m in modules)
+    unknown = [name for name in classes if name not in present]
+    if unknown:
+        more = f" and {len(present) - _NAMED} others" if len(present) > _NAMED else ""
+        raise ValueError(
+            f"{option}={list(classes)!r}: the model has no module of class {', '.join(map(repr, unknown))}, but of "
+            f"{', '.join(list(present)[:_NAMED])}{more}"
+        )
+
+
 def find_units(
     root: nn.Module, unit_bytes: int, classes: Sequence[str] = (), apart: Collection[int] = ()
 ) -> list[UnitPlan]:
@@ -147,10 +159,7 @@ def find_units(
     Raises:
         ValueError: If a name in ``classes`` is not the class of any module.
     """
-    present = {type(m).__name__ for m in root.modules()}
-    unknown = [c for c in classes if c not in present]
-    if unknown:
-        raise ValueError(f"units={list(classes)!r}: the model has no module of class {', '.join(map(repr, unknown))}")
+    check_classes("units", classes, root.modules())
     heads = list(_Heads(unit_bytes, frozenset(classes), apart).of(root, "", top=True))
     seen: set[int] = set(apart)
     plans: list[UnitPlan] = []

@@ -46,6 +46,8 @@ def measure_machine(
         OSError: If the folder cannot be used.
     """
     found: dict[str, float] = {}
+    say("disk")  # first: a folder that cannot be used is said at once
+    disk = disk_rates(folders, seconds)
     say("optimizer kernel")
     found["adam"] = adam_rate(seconds)
     say("host memory")
@@ -58,9 +60,7 @@ def measure_machine(
         found["host_to_device"], found["device_to_host"] = link_rates(seconds)
     say("all-gather of two processes")
     found["gather"] = gather_rate(seconds)
-    say("disk")
-    found |= disk_rates(folders, seconds)
-    return found
+    return found | disk
 
 
 def _rate(amount: float, action: Callable[[], Any], seconds: float) -> float:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from lightning_cases import loader, net, trainer, zinf
 
+from lightning_zinf.config import nvme_paths
+
 
 def test_several_paths_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given to the strategy, or by the environment variable."""
@@ -44,3 +46,13 @@ def test_an_engine_stays_with_the_paths_that_it_has(tmp_path: Path) -> None:
 def test_what_is_no_path_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match="a folder or a list of folders, got 3"):
         zinf("nvme", nvme_path=3)
+    with pytest.raises(ValueError, match="on a disk of this machine, got the URL 's3://bucket/x'"):
+        zinf("nvme", nvme_path="s3://bucket/x")
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell turns it into the folder, YAML does not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ZINF_NVME_PATH", "~/c")
+    assert nvme_paths(["~/a", "/b"], "") == (str(tmp_path / "a"), "/b")
+    assert nvme_paths(None, "") == (str(tmp_path / "c"),)

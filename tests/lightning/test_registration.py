@@ -119,6 +119,8 @@ def test_defaults_are_the_preset_zinf() -> None:
         ({"offload_optimizer": True}, "offload_optimizer must be one of"),
         ({"stage": 2, "offload_params": "cpu"}, "needs stage=3"),
         ({"memory": {"host_bytes": 1}}, "memory must be a lightning_zinf.MemoryConfig"),
+        ({"timeout": 30}, r"timeout must be a datetime.timedelta or None, got 30"),
+        ({"start_method": "thread"}, "start_method must be 'popen', 'spawn', 'fork' or 'forkserver', got 'thread'"),
         ({"units": "Block"}, "units must be a list of class names"),
         ({"units": [torch.nn.Linear]}, "units must be a list of class names"),
     ],

@@ -55,6 +55,13 @@ def test_an_absolute_path_is_kept(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "there").iterdir()] == ["t-rank0.json.gz"]
 
 
+def test_steps_that_never_come_are_told(tmp_path: Path) -> None:
+    timeline = lightning_zinf.ZinfTimeline(steps=(2, 4))
+    with pytest.warns(UserWarning, match=r"recorded nothing: training ended at step 2, and steps=\(2, 4\)"):
+        trainer(tmp_path, zinf(), callbacks=[timeline], limit_val_batches=0).fit(net(), loader(2))
+    assert not list(tmp_path.glob("timeline*"))
+
+
 @pytest.mark.parametrize("arguments", [{"steps": (2, 2)}, {"steps": (-1, 2)}, {"path": "timeline.txt"}])
 def test_what_makes_no_sense_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"steps must be|path must end"):
