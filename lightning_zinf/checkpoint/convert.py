@@ -154,6 +154,7 @@ def _optimizers(reader: Any, metadata: Metadata, weights: Mapping[str, str]) -> 
     while any(k.startswith(f"{_OPTIMIZER}{len(found)}.") for k in metadata.state_dict_metadata):
         prefix = f"{_OPTIMIZER}{len(found)}."
         wanted: dict[str, Any] = {}
+        stateful: set[str] = set()
         for key, kind in metadata.state_dict_metadata.items():
             if not key.startswith(prefix):
                 continue
@@ -161,8 +162,10 @@ def _optimizers(reader: Any, metadata: Metadata, weights: Mapping[str, str]) -> 
                 wanted[key] = None
             elif not kind.size:  # step counts
                 wanted[key] = torch.empty(kind.size, dtype=kind.properties.dtype)
+            else:  # a plane; for SGD with momentum there is nothing else
+                stateful.add(_path(metadata, key)[2])
         state_dict_loader.load(wanted, storage_reader=reader, no_dist=True)
-        entries: dict[str, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {name: {} for name in sorted(stateful)}
         groups: dict[int, dict[str, Any]] = {}
         for key, value in wanted.items():
             part, where, field = _path(metadata, key)[1:]

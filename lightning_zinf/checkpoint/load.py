@@ -233,7 +233,7 @@ def load_optimizer(binding: OptimizerBinding, source: Checkpoint, number: int, r
             f"{[len(g['params']) for g in optimizer.param_groups]}: build the optimizer as it was when it was saved"
         )
     where = {
-        id(p): (theirs[i], rest["state"].get(i) or {}, group)
+        id(p): (theirs[i], rest["state"].get(i), group)
         for i, (p, group) in enumerate((p, g) for g in optimizer.param_groups for p in g["params"])
     }
     moves: dict[int, list[Move]] = {}
@@ -249,14 +249,29 @@ def load_optimizer(binding: OptimizerBinding, source: Checkpoint, number: int, r
                 name, entry, group = where[id(origin.param)]
                 own = binding.rule.planes(group)
                 planes |= set(own)
-                # The rule asks which planes there are, not what is in them.
-                there = {p: True for p in own if entry and p in source.locations[name].planes}
-                binding.rule.restore(buffer, index, {**there, **entry}, group)
+                found = _state_of(source, name, entry)
+                binding.rule.refuse_another(found, group)
+                there = {p: True for p in own if p in found}
+                binding.rule.restore(buffer, index, {**there, **(entry or {})}, group)
         buffer.need_planes(tuple(sorted(planes)))
         updates.append((buffer, Load(moves[id(buffer)], _putter(source, sorted(planes)))))
     _apply(engine, updates)
     for group, packed in zip(optimizer.param_groups, rest["param_groups"], strict=True):
         group.update({k: v for k, v in packed.items() if k not in ("params", "param_names")})
+
+
+def _state_of(source: Checkpoint, name: str, entry: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a parameter's entry of the state of its optimizers, with True for planes: nobody asks what is in them.
+
+    Args:
+        source: The checkpoint.
+        name: The parameter's name there.
+        entry: What is kept beside planes: nothing, for SGD with momentum. None if the parameter had no state.
+    """
+    if entry is None:
+        return {}
+    planes = (p for p in source.locations[name].planes if p not in ("weight", *LOW_PLANES, PLANE))
+    return {**dict.fromkeys(planes, True), **entry}
 
 
 def _putter(source: Checkpoint, planes: Sequence[str]) -> Callable[[Move, Tensor, dict[str, Tensor]], None]:

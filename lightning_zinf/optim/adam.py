@@ -90,6 +90,7 @@ class AdamRule(Rule):
 
     def __init__(self, kind: type) -> None:
         self._decoupled = issubclass(kind, torch.optim.AdamW)
+        self.name = "AdamW" if self._decoupled else "Adam"
 
     def planes(self, group: Group) -> tuple[str, ...]:
         """The two moments."""
@@ -121,7 +122,12 @@ class AdamRule(Rule):
         return ({"step": torch.tensor(float(step))}, MOMENTS) if step else None
 
     def restore(self, buffer: FlatBuffer, index: int, entry: Mapping[str, Any], group: Group) -> None:
-        """Take the step count in."""
+        """Take the step count in.
+
+        Raises:
+            ValueError: If it is the state of another kind of optimizer.
+        """
+        self.refuse_another(entry, group)
         buffer.steps[index] = int(entry.get("step", 0))
 
     def hyper_of(self, group: Group, step: int) -> AdamHyper:

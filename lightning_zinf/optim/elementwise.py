@@ -71,6 +71,7 @@ class ElementwiseRule(Rule):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         kind: Any = type(optimizer)
         self.kind: Any = getattr(kind, "_zinf_base", kind)
+        self.name = str(self.kind.__name__)
         self._optimizer = weakref.ref(optimizer)
         self._planes: dict[str, tuple[str, ...]] = {}
         for group in optimizer.param_groups:
@@ -121,12 +122,7 @@ class ElementwiseRule(Rule):
             buffer.steps[index] = 0
             return
         planes = self.planes(group)
-        missing = [p for p in planes if p not in entry]
-        if missing:
-            raise ValueError(
-                f"the saved optimizer state has {sorted(entry)}, but {self.kind.__name__} keeps {missing}, which it "
-                "lacks: it was saved by another optimizer"
-            )
+        self.refuse_another(entry, group)
         rest = _copied({k: v for k, v in entry.items() if k not in planes})
         buffer.param_states[index] = ParamState(tuple(p for p in planes if entry[p] is not None), rest)
         buffer.steps[index] = int(entry.get("step", 1))

@@ -13,7 +13,7 @@ on pieces of parameters for any other that works element by element (``elementwi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,13 @@ class Update(ABC):
 
 
 class Rule(ABC):
-    """What the steps of one optimizer do."""
+    """What the steps of one optimizer do.
+
+    Attributes:
+        name: The name of the optimizer's class.
+    """
+
+    name: str
 
     @abstractmethod
     def planes(self, group: Group) -> tuple[str, ...]:
@@ -116,7 +122,22 @@ class Rule(ABC):
 
     @abstractmethod
     def restore(self, buffer: FlatBuffer, index: int, entry: Mapping[str, Any], group: Group) -> None:
-        """Take in what is not a plane of a parameter's state, from torch.optim's layout; ``{}`` for no state."""
+        """Take in what is not a plane of a parameter's state, from torch.optim's layout; ``{}`` for no state.
+
+        Raises:
+            ValueError: If it is the state of another kind of optimizer.
+        """
+
+    def refuse_another(self, entry: Iterable[str], group: Group) -> None:
+        """Raise ValueError if what a parameter's state has is not what the optimizer keeps, unless it has nothing."""
+        found = sorted(entry)
+        missing = [p for p in self.planes(group) if p not in found]
+        if found and missing:
+            raise ValueError(
+                f"the saved optimizer state has {found}, but {self.name} keeps {missing}, which it lacks: it was saved "
+                "by another optimizer. Take that one to go on, or load the weights alone to begin anew (`zinf "
+                "consolidate --weights-only`, load_from_checkpoint)"
+            )
 
 
 def master_of(weight: Tensor, planes: Mapping[str, Tensor]) -> Tensor:

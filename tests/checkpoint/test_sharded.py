@@ -15,6 +15,7 @@ from sharded_cases import SETTINGS, Model, everything, fit, strategy
 import lightning_zinf
 from lightning_zinf.checkpoint.manifest import CheckpointError
 from lightning_zinf.checkpoint.source import Checkpoint
+from lightning_zinf.cli import main
 
 PLACES = ["none", "cpu", "nvme"]
 
@@ -48,6 +49,26 @@ def test_resume_gives_the_bits_of_an_uninterrupted_run(
     model, used = fit(tmp_path, resumed, 4, path=half[saved, precision], precision=precision)
     assert used.global_step == 32
     assert_same(everything(model, used), whole[precision])
+
+
+class Momentum(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
+
+
+def test_state_that_is_nothing_but_planes(tmp_path: Path) -> None:
+    """Of SGD with momentum nothing is kept beside its plane: it goes on where it was, also by way of FSDP2's format."""
+    _, used = fit(tmp_path, "nvme", 1, kind=Momentum)
+    used.save_checkpoint(tmp_path / "half.ckpt")
+    whole = everything(*fit(tmp_path, "none", 2, kind=Momentum))
+    convert = ["convert", str(tmp_path / "half.ckpt"), str(tmp_path / "dcp.ckpt"), "--to", "dcp"]
+    assert main(convert) == 0
+    back = ["convert", str(tmp_path / "dcp.ckpt"), str(tmp_path / "back.ckpt"), "--from", "dcp", "--trust-pickle"]
+    assert main(back) == 0
+    for name, setting in (("half", "nvme"), ("half", "none"), ("back", "nvme")):
+        assert_same(everything(*fit(tmp_path, setting, 2, path=tmp_path / f"{name}.ckpt", kind=Momentum)), whole)
+    with pytest.raises(ValueError, match=r"has \['momentum_buffer'\], but AdamW keeps .*another optimizer"):
+        fit(tmp_path, "nvme", 2, path=tmp_path / "half.ckpt")
 
 
 def test_any_precision_into_any_other(tmp_path: Path, half: Any) -> None:
