@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,6 +56,26 @@ def check_parameters(root: nn.Module, trained: Collection[int], *, values: bool 
             raise ValueError(
                 f"parameter {name!r} has dtype {param.dtype}, which the zinf strategy does not train: use float32 or "
                 "bfloat16"
+            )
+    _refuse_overlaps(root, trained)
+
+
+def _refuse_overlaps(root: nn.Module, trained: Collection[int]) -> None:
+    """Raise ValueError if a trained parameter shares memory with another: each would get memory of its own."""
+    spans: list[tuple[int, int, int, bool]] = []
+    names = [name for name, _ in root.named_parameters()]
+    for number, param in enumerate(root.parameters()):
+        if not isinstance(param, paging.Released) and not param.is_meta and param.numel():
+            numel = 1 + sum((n - 1) * stride for n, stride in zip(param.shape, param.stride(), strict=True))
+            start = param.data_ptr()
+            spans.append((start, start + numel * param.element_size(), number, id(param) in trained))
+    spans.sort()
+    for (_, end, number, learns), (start, _, other, also) in pairwise(spans):
+        if start < end and (learns or also):
+            both = sorted((number, other))
+            raise ValueError(
+                f"parameters {names[both[0]]!r} and {names[both[1]]!r} share memory, which would be trained apart: tie "
+                "them as one parameter (b.weight = a.weight), or give each a copy (.detach().clone())"
             )
 
 

@@ -41,9 +41,16 @@ def with_subclass() -> nn.Module:
     return module
 
 
+def with_shared_memory() -> nn.Module:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2, bias=False))
+    module[1].weight.data = module[0].weight.data[:2]
+    return module
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (with_shared_memory, "'0.weight' and '1.weight' share memory.*: tie them as one"),
         (with_subclass, "'weight' is a .*Subclass: .* partitions plain tensors only"),
         (lambda: nn.LazyLinear(4), "'weight' is lazy and has no shape yet"),
         (lambda: nn.Linear(4, 4, dtype=torch.float64), "'weight' has dtype torch.float64"),
