@@ -94,11 +94,14 @@ def to_ckpt(
 
     Raises:
         CheckpointError: If the checkpoint is damaged.
+        OSError: If the file cannot be written.
     """
     path, pieces = Path(out), dict[int, Piece]()
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = _content(source, pieces, weights_only, current, trust_pickle)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
+        open(temporary, "xb").close()  # whose error has a reason and a name, unlike that of torch.save
         with torch.serialization.skip_data():
             torch.save(content, temporary)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):

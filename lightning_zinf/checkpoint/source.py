@@ -65,19 +65,33 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        self._readers: dict[str, Reader] = {}
         self.folder = Folder(path, storage_options)
         self.url = self.folder.url
         try:
             text = self.folder.read(MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(
-                f"{self.url} has no {MANIFEST}: it is no sharded checkpoint, or one whose saving did not end"
-            ) from None
+            raise CheckpointError(self._why_none()) from None
         self.manifest = Manifest.from_json(text, f"{self.url}/{MANIFEST}")
         self.infos = {info.path: info for info in self.manifest.files}
         self.locations = self.manifest.locations()
-        self._readers: dict[str, Reader] = {}
         self._verified: set[str] = set()
+
+    def _why_none(self) -> str:
+        """Say what is where a checkpoint was looked for."""
+        fs, path = self.folder.fs, self.folder.path
+        if fs.isfile(path):
+            return (
+                f"{self.url} is a file, and a sharded checkpoint is a folder: a file that Lightning saved is whole "
+                "already, and loads with load_from_checkpoint or ckpt_path="
+            )
+        if self.folder.local and not fs.exists(path):
+            return f"{self.url} is not there"
+        return f"{self.url} has no {MANIFEST}: it is no sharded checkpoint, or one whose saving did not end"
+
+    def __del__(self) -> None:
+        """Close the files: a state dict that a hook has kept may be the last to know them."""
+        self.close()
 
     def __enter__(self) -> Checkpoint:
         """Return itself."""

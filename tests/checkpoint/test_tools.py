@@ -116,6 +116,13 @@ def test_refusals(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["consolidate", str(path), str(there), "--force"]) == 0
     assert main(["verify", str(tmp_path)]) == 1
     assert "has no manifest.json" in capsys.readouterr().err
+    assert main(["inspect", str(there)]) == 1
+    assert "is a file, and a sharded checkpoint is a folder" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere is not there" in capsys.readouterr().err
+    assert main(["consolidate", str(path), "/proc/x.ckpt"]) == 1
+    assert "No such file or directory: '/proc/.x.ckpt" in capsys.readouterr().err
+    assert main(["consolidate", str(path), str(tmp_path / "new" / "folder" / "x.ckpt"), "--weights-only"]) == 0
     with pytest.raises(SystemExit) as usage:
         main(["consolidate", str(path), "x", "--memory-budget", "much"])
     assert usage.value.code == 2
