@@ -77,7 +77,7 @@ def _refuse_tracing() -> None:
     if torch._C._get_tracing_state() is not None or exporting():
         raise RuntimeError(
             "a module whose weights come and go cannot be traced: export copy.deepcopy(module), or a new module that "
-            "has loaded lightning_zinf.full_state_dict(module)"
+            "has loaded lightning_zinf.full_state_dict(module). (TensorBoardLogger(log_graph=True) traces.)"
         )
 
 

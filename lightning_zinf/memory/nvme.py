@@ -160,8 +160,8 @@ class NvmeStore:
             raise type(error)(
                 error.errno,
                 f"{error.strerror}: nvme_path={str(folder)!r} must hold {nbytes / 2**30:.2f} GiB of training state"
-                f"{part}: free some space, give another nvme_path, or offload less (offload_params / "
-                "offload_optimizer)",
+                f"{part}: free some space, give another nvme_path, or offload less (offload_params, "
+                "offload_optimizer, offload_activations)",
                 error.filename,
             ) from error
         if self._io.direct and not file.direct and not self.volumes:

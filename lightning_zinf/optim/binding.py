@@ -81,7 +81,8 @@ class OptimizerBinding:
             if not found:
                 raise ValueError(
                     f"the optimizer has a parameter of shape {tuple(param.shape)} and dtype {param.dtype} that the "
-                    "strategy does not manage: it takes float32 and bfloat16 parameters of the LightningModule"
+                    "strategy does not manage: it takes float32 and bfloat16 parameters that the LightningModule had "
+                    "when fit began, and no copies of them"
                 )
             for _, buffer, _ in found:
                 buffer.need_planes(self.rule.planes(group))

@@ -14,6 +14,8 @@ from lightning_zinf.tiling.parameter import EagerForward
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NAMED = 10
 """Most parameters that a warning names."""
+_MANY = 4096
+"""Tiles of a model: beyond, a limit that is far too small is more likely than a model that needs so many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,13 @@ def plan_tiles(root: nn.Module, limit: int | None, itemsize: Callable[[nn.Parame
             plans.append(TilePlan(name, param, grid, list({id(m): m for _, m, _ in found}.values())))
     if refused:
         _warn(refused, limit)
+    tiles = sum(len(plan.grid) for plan in plans)
+    if tiles > _MANY:
+        warnings.warn(
+            f"zinf: {len(plans)} parameters are cut into {tiles:,} tiles, each of which is gathered for itself, so "
+            f"steps will be slow: tiling.max_tile_bytes counts bytes (64 MiB are {64 * 2**20}, and {limit} are given)",
+            stacklevel=2,
+        )
     return plans
 
 

@@ -24,6 +24,7 @@ from lightning_zinf import MemoryConfig, TiledEmbedding, TiledLinear, TilingConf
 from lightning_zinf.config import IOConfig, PartitionConfig
 from lightning_zinf.engine.partition import engine_of, forget, partition
 from lightning_zinf.tiling.dispatch import blocks_of
+from lightning_zinf.tiling.plan import plan_tiles
 
 PLACES = [Where("none", "none"), Where("nvme", "nvme"), Where("nvme", "nvme", aliased=False)]
 RECIPE = Recipe(steps=2, accumulate=1)
@@ -379,3 +380,8 @@ def test_one_of_tied_uses_by_hand(tmp_path: Path) -> None:
         assert torch.equal(used.forward().detach(), expected.detach())
         used.train()
         assert used.engine.counters.refills == 0
+
+
+def test_a_limit_that_is_meant_in_other_units_is_told() -> None:
+    with pytest.warns(UserWarning, match="cut into 5,000 tiles.* counts bytes .* and 4 are given"):
+        plan_tiles(nn.Linear(1, 5000, bias=False), 4, lambda p: 4)
