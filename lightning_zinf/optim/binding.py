@@ -6,6 +6,10 @@ The object stays: schedulers hold it, and its ``param_groups`` are the only sour
 becomes a subclass of its own class whose ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict`` go to the
 engine. (A method put on the instance would not be seen by Lightning, which makes another subclass of the object's
 class; and a scheduler has put a wrapper of the old ``step`` on the instance, which has to go.)
+
+What the engine does for it is an attribute of the object, so that the two can go together. A table of ours, also one
+with weak keys, would keep what it leads to: the engine, its module, the Trainer, and by way of that the optimizer
+itself. Copies and pickles of an optimizer do not have the attribute.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     from lightning_zinf.engine.engine import Engine
     from lightning_zinf.engine.units import Unit
 
-_BINDINGS: weakref.WeakKeyDictionary[torch.optim.Optimizer, OptimizerBinding] = weakref.WeakKeyDictionary()
+_BINDING = "_zinf_binding"
 
 
 class OptimizerBinding:
@@ -61,7 +65,7 @@ class OptimizerBinding:
         for group in optimizer.param_groups:
             self.adopt_group(group)
         _swap_class(optimizer)
-        _BINDINGS[optimizer] = self
+        optimizer.__dict__[_BINDING] = self
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -244,7 +248,8 @@ def binding_of(optimizer: torch.optim.Optimizer) -> OptimizerBinding:
     """
     inner = getattr(optimizer, "_optimizer", optimizer)
     try:
-        return _BINDINGS[inner]
+        binding: OptimizerBinding = inner.__dict__[_BINDING]
+        return binding
     except KeyError:
         raise ValueError(
             f"{type(inner).__name__} is not bound to the zinf strategy: return it from configure_optimizers"
@@ -267,7 +272,7 @@ def _zero_grad(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
 
 def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
     self._zinf_base.add_param_group(self, param_group)
-    binding = _BINDINGS.get(self)
+    binding = self.__dict__.get(_BINDING)
     if binding is not None:
         binding.adopt_group(self.param_groups[-1])
 
@@ -307,7 +312,7 @@ def _swap_class(optimizer: torch.optim.Optimizer) -> None:
 
 def unbind(optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer its own methods back."""
-    _BINDINGS.pop(optimizer, None)
+    optimizer.__dict__.pop(_BINDING, None)
     base = getattr(type(optimizer), "_zinf_base", None)
     if base is not None:
         optimizer.__class__ = base

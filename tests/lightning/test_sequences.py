@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +355,22 @@ def test_part_of_a_module_and_gathered(tmp_path: Path) -> None:
     with lightning_zinf.gathered(module.head.bias):
         assert float(module.head.bias) == float(after["head.bias"])
     assert lightning_zinf.full_state_dict(net()).keys() == after.keys()
+
+
+@EVERY_PLACE
+def test_a_module_that_nobody_keeps_is_given_back(tmp_path: Path, place: str) -> None:
+    """As in a search or a cross-validation: its memory, its threads and its room on the disk."""
+
+    def once() -> list[weakref.ref[Any]]:
+        module, used = net(), trainer(tmp_path, place)
+        used.fit(module, loader(2))
+        return [weakref.ref(o) for o in (module, used.strategy, used.strategy.engine, used.optimizers[0])]
+
+    once()
+    gc.collect()
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(2):
+        refs = once()
+        gc.collect()
+        assert [ref() for ref in refs] == [None] * len(refs)
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
