@@ -28,8 +28,7 @@ def warn_missing(error: ImportError) -> None:
     warnings.warn(
         f"lightning-zinf runs WITHOUT its compiled extension ({error}): file I/O goes through Python threads and the "
         "page cache, slower and with more memory. Build it with a C++17 compiler: "
-        "`pip install --force-reinstall --no-deps --no-binary lightning-zinf lightning-zinf`, or `pip install -e .` "
-        "in a checkout.",
+        "`pip install --force-reinstall --no-deps .` in a checkout.",
         UserWarning,
         stacklevel=2,
     )

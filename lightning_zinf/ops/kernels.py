@@ -52,8 +52,7 @@ def _warn_fallback() -> None:
     warnings.warn(
         f"lightning-zinf runs WITHOUT its compiled extension ({_reason}): the optimizer and the gradient norms use "
         "plain torch, many times slower, with more memory. Build it with a C++17 compiler: "
-        "`pip install --force-reinstall --no-deps --no-binary lightning-zinf lightning-zinf`, or `pip install -e .` "
-        "in a checkout.",
+        "`pip install --force-reinstall --no-deps .` in a checkout.",
         UserWarning,
         stacklevel=3,
     )
