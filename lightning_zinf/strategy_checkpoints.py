@@ -15,7 +15,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_zinf import __version__, _compat
-from lightning_zinf.checkpoint.files import Folder, is_local, local_path
+from lightning_zinf.checkpoint.folder import Folder, is_local, local_path
 from lightning_zinf.checkpoint.full import full_state_dict, load_full_state_dict
 from lightning_zinf.checkpoint.load import load_optimizer, load_weights
 from lightning_zinf.checkpoint.manifest import MANIFEST

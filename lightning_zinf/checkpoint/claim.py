@@ -16,7 +16,7 @@ import fcntl
 import os
 from collections.abc import Sequence
 
-from lightning_zinf.checkpoint.files import Folder
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import FileInfo
 
 

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header, raw_bytes
+from lightning_zinf.checkpoint.files import DTYPES, NAMES, Writer, header, raw_bytes
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import CheckpointError, Stored
 from lightning_zinf.checkpoint.source import Averages, Checkpoint
 from lightning_zinf.ops import crc32

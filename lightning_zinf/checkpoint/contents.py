@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.checkpoint.claim import Claim
-from lightning_zinf.checkpoint.files import DTYPES, NAMES, Folder, Writer, header
+from lightning_zinf.checkpoint.files import DTYPES, NAMES, Writer, header
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import Buffer, FileInfo, Manifest, Param
 from lightning_zinf.memory.state import LOW_PLANES, plane_dtype
 from lightning_zinf.optim.state_dict import owned_params

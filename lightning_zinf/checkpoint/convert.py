@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from lightning_zinf.checkpoint.consolidate import Piece
-from lightning_zinf.checkpoint.files import NAMES, Folder
+from lightning_zinf.checkpoint.files import NAMES
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.foreign import write_converted
 from lightning_zinf.checkpoint.manifest import ITEMSIZES, Buffer, CheckpointError, Param, Stored
 from lightning_zinf.checkpoint.source import Averages, Checkpoint

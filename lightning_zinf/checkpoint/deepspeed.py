@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.checkpoint.deepspeed_files import DeepSpeedCheckpoint, Place
-from lightning_zinf.checkpoint.files import Folder
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.foreign import Progress, write_converted
 from lightning_zinf.checkpoint.manifest import ITEMSIZES, Buffer, CheckpointError, Param
 

@@ -1,4 +1,4 @@
-"""Reading and writing the files of a checkpoint, local or remote, with checksums.
+"""The files of a checkpoint, read and written with checksums.
 
 safetensors is a length of 8 bytes, a JSON header and the data. Headers are padded with spaces so that data starts at a
 multiple of 4096, which the format allows; the stock library reads these files.
@@ -10,17 +10,15 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 import torch
 from torch import Tensor
 
+from lightning_zinf.checkpoint.folder import Folder, named
 from lightning_zinf.checkpoint.manifest import BLOCK_BYTES, CheckpointError, FileInfo
 from lightning_zinf.ops import crc32
 
@@ -55,94 +53,6 @@ _VERIFY_BYTES = 1 << 20
 def raw_bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type,unused-ignore]
-
-
-class Folder:
-    """A folder on any file system that fsspec knows.
-
-    Args:
-        path: A local path or a URL such as ``s3://bucket/run/step.ckpt``.
-        storage_options: Options for the file system.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
-        self.url = os.fspath(path).rstrip("/")
-        self.fs, self.path = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
-        self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
-
-    def at(self, name: str) -> str:
-        """Return the path of a file."""
-        return f"{self.path}/{name}"
-
-    def put_aside(self, token: str) -> str:
-        """Rename a file that has the folder's name, if there is one, and return its new path, or ""."""
-        if not self.local or not os.path.isfile(self.path):
-            return ""
-        aside = f"{self.path}.replaced-{token}"
-        os.rename(self.path, aside)
-        return aside
-
-    def put_back(self, aside: str) -> None:
-        """Undo :meth:`put_aside`; the folder must be empty, or not there."""
-        if os.path.isdir(self.path):
-            os.rmdir(self.path)
-        os.rename(aside, self.path)
-
-    def make(self) -> None:
-        """Make the folder."""
-        self.fs.makedirs(self.path, exist_ok=True)
-
-    def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return bool(self.fs.exists(self.at(name)))
-
-    def names(self) -> list[str]:
-        """Return the names of all files."""
-        return [str(entry).rsplit("/", 1)[-1] for entry in self.fs.ls(self.path, detail=False)]
-
-    def read(self, name: str) -> bytes:
-        """Return a whole file."""
-        try:
-            return bytes(self.fs.cat_file(self.at(name)))
-        except OSError as error:
-            raise _named(error, f"{self.url}/{name}") from error
-
-    def replace(self, name: str, content: bytes) -> None:
-        """Write a file so that at every instant there is the old one or the new one."""
-        if not self.local:
-            self.fs.pipe_file(self.at(name), content)  # object stores show an object when it is complete
-            return
-        temporary = f"{self.at(name)}.new"
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.at(name))
-        self.sync()
-
-    def link(self, source: Folder, name: str) -> None:
-        """Have a file of another local folder here too: the same one where the file system can, else a copy."""
-        try:
-            os.link(source.at(name), self.at(name))
-        except OSError:
-            shutil.copyfile(source.at(name), self.at(name))
-            with open(self.at(name), "rb+") as file:
-                os.fsync(file.fileno())
-
-    def sync(self) -> None:
-        """Have the names of new files on disk."""
-        if self.local:
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-    def remove(self, names: Sequence[str]) -> None:
-        """Remove files that may be there."""
-        for name in names:
-            if self.exists(name):
-                self.fs.rm_file(self.at(name))
 
 
 class Writer:
@@ -278,7 +188,7 @@ class Reader:
                 else:
                     count = self._file.readinto(view)
             except OSError as error:
-                raise _named(error, self.where) from error
+                raise named(error, self.where) from error
             if not count:
                 raise CheckpointError(f"{self.where} ends at byte {offset}, before its time")
             offset += count
@@ -355,13 +265,6 @@ class Reader:
         self._file.close()
 
 
-def _named(error: OSError, where: str) -> OSError:
-    """Return an error that says which file it is about; what the system says of reading and writing does not."""
-    if error.filename is not None or error.errno is None:
-        return error
-    return OSError(error.errno, error.strerror, where)  # of the class that the number stands for
-
-
 def _damaged(where: str, block: int) -> str:
     return (
         f"{where} is damaged: block {block} (bytes {block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES - 1}) does not "
@@ -388,11 +291,6 @@ def verified(folder: Folder, info: FileInfo) -> bytes:
     return content
 
 
-def is_local(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is on this machine's file systems."""
-    return "://" not in os.fspath(path) or os.fspath(path).startswith("file://")
-
-
 def write_safetensors(folder: Folder, name: str, tensors: Mapping[str, Tensor]) -> FileInfo:
     """Write whole tensors."""
     writer = Writer(folder, name)
@@ -404,8 +302,3 @@ def write_safetensors(folder: Folder, name: str, tensors: Mapping[str, Tensor]) 
     except BaseException:
         writer.abandon()
         raise
-
-
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """Return a local path of a path or ``file://`` URL."""
-    return Path(os.fspath(path).removeprefix("file://"))

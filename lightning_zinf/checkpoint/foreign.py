@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_zinf import __version__
-from lightning_zinf.checkpoint.files import DTYPES, Folder, Writer, header, raw_bytes, write_safetensors
+from lightning_zinf.checkpoint.files import DTYPES, Writer, header, raw_bytes, write_safetensors
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, FileInfo, Manifest
 
 _SHARD, _MODULE, _TRAINER = "shard-00000-of-00001.safetensors", "module.safetensors", "trainer.pt"

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_zinf.checkpoint.files import Folder, Reader
+from lightning_zinf.checkpoint.files import Reader
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import CheckpointError, FileInfo
 
 _INDEX = "model.safetensors.index.json"

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from lightning_zinf.checkpoint.files import DTYPES, Folder, Writer, header, raw_bytes, verified
+from lightning_zinf.checkpoint.files import DTYPES, Writer, header, raw_bytes, verified
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, FileInfo
 from lightning_zinf.checkpoint.source import Checkpoint
 from lightning_zinf.layout import SHARD_ALIGNMENT, round_up

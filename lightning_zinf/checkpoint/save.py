@@ -42,7 +42,8 @@ from lightning_zinf.checkpoint.contents import (
     serialized,
     write_bytes,
 )
-from lightning_zinf.checkpoint.files import Folder, write_safetensors
+from lightning_zinf.checkpoint.files import write_safetensors
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest
 from lightning_zinf.checkpoint.saving import AnotherError, BackgroundSaving, Plan, copy_room
 from lightning_zinf.checkpoint.stream import Destination, destination, places, write_shard

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_zinf.checkpoint.files import Folder
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import FileInfo
 from lightning_zinf.engine.snapshot import Snapshot
 from lightning_zinf.memory.machine import free_host_bytes

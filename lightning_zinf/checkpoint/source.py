@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_zinf.checkpoint.files import DTYPES, Folder, Reader, verified
+from lightning_zinf.checkpoint.files import DTYPES, Reader, verified
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import MANIFEST, Buffer, CheckpointError, FileInfo, Manifest, Stored
 from lightning_zinf.optim.average import PLANE
 from lightning_zinf.optim.update import master_of

@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_zinf.checkpoint.files import Folder, Writer, raw_bytes
+from lightning_zinf.checkpoint.files import Writer, raw_bytes
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import BLOCK_BYTES, FileInfo
 from lightning_zinf.config import IOConfig
 from lightning_zinf.engine.snapshot import Snapshot, Work

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import lightning_zinf
 from lightning_zinf import CheckpointConfig
-from lightning_zinf.checkpoint.files import Folder
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.source import Checkpoint
 from lightning_zinf.checkpoint.stream import LocalFile
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from lightning_cases import assert_same
 
 import lightning_zinf
-from lightning_zinf.checkpoint.files import Folder, Reader, Writer, header, raw_bytes
+from lightning_zinf.checkpoint.files import Reader, Writer, header, raw_bytes
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError, FileInfo, Manifest, Param
 from lightning_zinf.checkpoint.source import Checkpoint
 

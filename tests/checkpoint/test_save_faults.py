@@ -21,6 +21,7 @@ from sharded_cases import everything, fit
 
 from lightning_zinf.checkpoint import files
 from lightning_zinf.checkpoint.claim import Claim
+from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import CheckpointError
 from lightning_zinf.checkpoint.source import Checkpoint
 
@@ -179,7 +180,7 @@ def test_the_second_is_told(moment: str, tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(OSError, match=r"a.ckpt was not saved: rank 0: another run is saving to .* of its own"):
             second[1].save_checkpoint(path)
 
-    owner = files.Folder if moment == "replace" else files.Writer
+    owner = Folder if moment == "replace" else files.Writer
     with meanwhile(monkeypatch, owner, moment, other):
         first[1].save_checkpoint(path)
     with Checkpoint(path) as source:
@@ -195,7 +196,7 @@ def test_without_locks(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """On an object store who finds his files gone says so, and what the other saved stays."""
     first, second = fit(tmp_path / "1", "nvme", 1), fit(tmp_path / "2", "none", 2)
     url = f"memory://{uuid.uuid4().hex}/a.ckpt"
-    owner: Any = {"write": files.Writer, "check": Claim, "replace": files.Folder}[moment]
+    owner: Any = {"write": files.Writer, "check": Claim, "replace": Folder}[moment]
     gone = pytest.raises(OSError, match=r"a.ckpt was not saved: .* is gone: another run saves to this folder")
     with (
         contextlib.nullcontext() if moment == "replace" else gone,
