@@ -34,7 +34,8 @@ from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.engine.recompute import RecomputedForward, Steps
 from lightning_zinf.engine.spans import span_of
 from lightning_zinf.engine.units import Unit
-from lightning_zinf.memory.activations import ActivationStore, Saved
+from lightning_zinf.memory.activation_room import Saved
+from lightning_zinf.memory.activations import ActivationStore
 from lightning_zinf.memory.link import DeviceLink
 from lightning_zinf.memory.nvme import NvmeStore
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_zinf.config import IOConfig
 from lightning_zinf.layout import SHARD_ALIGNMENT, round_up
-from lightning_zinf.memory.activations import ActivationStore, Saved
+from lightning_zinf.memory.activation_room import Saved
+from lightning_zinf.memory.activations import ActivationStore
 from lightning_zinf.memory.link import DeviceLink
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.monitor.counters import Counters
