@@ -41,7 +41,7 @@ def _numbers(speeds: Speeds | None) -> tuple[float, ...]:
 class Engine(Hooks):
     """Gathers and releases the units of one model.
 
-    Built by :func:`lightning_zinf.engine.partition.partition`, with the arguments of :class:`Hooks`.
+    Built by :func:`lightning_zinf.engine.partition.partition`, with the arguments of ``Frames``.
     """
 
     placement: Placement

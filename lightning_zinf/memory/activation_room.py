@@ -3,9 +3,9 @@
 Note [Room of activations]
 ~~~~~~~~~~~~~~~~~~~~~~~~~~
 Staging is a ring under a byte budget: when it is used up, whoever needs a slot waits for the copy from the device or
-the write that was started longest ago. In the tier ``host`` the slots are where things rest: as many as are needed, kept
-from step to step. A slot that was lent to compute is free again when nobody sees it any more (the storage use count
-tells).
+the write that was started longest ago. In the tier ``host`` the slots are where things rest: as many as are needed,
+kept from step to step. A slot that was lent to compute is free again when nobody sees it any more (the storage use
+count tells).
 
 Who is done with an activation drops its ``Saved``. That may happen on any thread and at any time, so it is only noted
 then; the room is taken back at the next call (``settle``).
