@@ -7,18 +7,12 @@ It does no tensor arithmetic, and keeps no state that the engine has: a module's
 
 # No `from __future__ import annotations`: LightningCLI reads the annotations of the constructor.
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_zinf import _compat, ops
 from lightning_zinf import precision as precisions
 from lightning_zinf.checkpoint.full import full_state_dict
 from lightning_zinf.config import (
@@ -28,29 +22,15 @@ from lightning_zinf.config import (
     Offload,
     OffloadActivations,
     OverlapConfig,
-    PartitionConfig,
     TilingConfig,
     check_activations,
     check_offload,
     nvme_paths,
 )
-from lightning_zinf.engine.construction import paged_construction
-from lightning_zinf.engine.partition import describe_activations, engine_of, forget, partition, tiers
+from lightning_zinf.engine.partition import forget
 from lightning_zinf.engine.shared_pages import SharedPager
 from lightning_zinf.optim.binding import binding_of
-from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
-from lightning_zinf.planning.report import memory_text
-from lightning_zinf.strategy_checkpoints import CheckpointsPart
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
-_COPIES = "it averages whole copies of the module, which are not offloaded"
-REFUSED_CALLBACKS = {
-    "StochasticWeightAveraging": f"{_COPIES}: remove the callback, or train with another strategy",
-    "WeightAveraging": f"{_COPIES}: use lightning_zinf.ZinfEMA for an exponential moving average",
-    "ModelPruning": "it puts new parameters into the module, which are not partitioned: prune before or after training",
-}
+from lightning_zinf.strategy_setup import SetupPart
 
 
 def _check_kind(name: str, value: object, kind: type) -> None:
@@ -58,7 +38,7 @@ def _check_kind(name: str, value: object, kind: type) -> None:
         raise ValueError(f"{name} must be a lightning_zinf.{kind.__name__}, got {value!r}")
 
 
-class ZinfStrategyBody(CheckpointsPart):
+class ZinfStrategyBody(SetupPart):
     """ZeRO-Infinity: trains models larger than the accelerator's memory, unchanged.
 
     Parameters, gradients and optimizer state live on the device, in host memory or on NVMe, wherever there is room, and
@@ -135,26 +115,6 @@ class ZinfStrategyBody(CheckpointsPart):
         super().__init__(
             process_group_backend=process_group_backend, timeout=timeout or timedelta(days=1), start_method=start_method
         )
-        if shard_size is not None and (not isinstance(shard_size, int) or shard_size < 1):
-            raise ValueError(f"shard_size must be a positive number of ranks or None, got {shard_size!r}")
-        if stage not in (1, 2, 3) or isinstance(stage, bool):
-            raise ValueError(f"stage must be 1, 2 or 3, got {stage!r}")
-        check_offload("offload_params", offload_params)
-        check_offload("offload_optimizer", offload_optimizer)
-        check_activations(activation_checkpointing, offload_activations)
-        if stage < 3 and offload_params in ("cpu", "nvme"):
-            raise ValueError(
-                f"offload_params={offload_params!r} needs stage=3: stages 1 and 2 keep weights on the device"
-            )
-        _check_kind("memory", memory, MemoryConfig)
-        _check_kind("overlap", overlap, OverlapConfig)
-        _check_kind("io", io, IOConfig)
-        _check_kind("checkpoint", checkpoint, CheckpointConfig)
-        _check_kind("tiling", tiling, TilingConfig)
-        if isinstance(units, str) or not all(isinstance(unit, str) for unit in units or ()):
-            raise ValueError(f"units must be a list of class names, got {units!r}")
-        if state_dict_type not in ("auto", "full", "sharded"):
-            raise ValueError(f"state_dict_type must be 'auto', 'full' or 'sharded', got {state_dict_type!r}")
         self.state_dict_type = state_dict_type
         self.checkpoint = checkpoint
         self.stage = stage
@@ -164,11 +124,10 @@ class ZinfStrategyBody(CheckpointsPart):
         self._joined = False
         self._signals = None
         self._building: SharedPager | None = None
-        self.offload_params: Offload = offload_params
-        self.offload_optimizer: Offload = offload_optimizer
+        self.offload_params = offload_params
+        self.offload_optimizer = offload_optimizer
         self.activation_checkpointing = activation_checkpointing
-        self.offload_activations: OffloadActivations = offload_activations
-        nvme_paths(nvme_path, ".")
+        self.offload_activations = offload_activations
         self.nvme_path = nvme_path
         self.units = units
         self.memory = memory
@@ -176,6 +135,32 @@ class ZinfStrategyBody(CheckpointsPart):
         self.io = io
         self.tiling = tiling
         self.debug = debug
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse what options cannot be, once for all that use them."""
+        shard_size, stage, units = self.shard_size, self.stage, self.units
+        if shard_size is not None and (not isinstance(shard_size, int) or shard_size < 1):
+            raise ValueError(f"shard_size must be a positive number of ranks or None, got {shard_size!r}")
+        if stage not in (1, 2, 3) or isinstance(stage, bool):
+            raise ValueError(f"stage must be 1, 2 or 3, got {stage!r}")
+        check_offload("offload_params", self.offload_params)
+        check_offload("offload_optimizer", self.offload_optimizer)
+        check_activations(self.activation_checkpointing, self.offload_activations)
+        if stage < 3 and self.offload_params in ("cpu", "nvme"):
+            raise ValueError(
+                f"offload_params={self.offload_params!r} needs stage=3: stages 1 and 2 keep weights on the device"
+            )
+        _check_kind("memory", self.memory, MemoryConfig)
+        _check_kind("overlap", self.overlap, OverlapConfig)
+        _check_kind("io", self.io, IOConfig)
+        _check_kind("checkpoint", self.checkpoint, CheckpointConfig)
+        _check_kind("tiling", self.tiling, TilingConfig)
+        if isinstance(units, str) or not all(isinstance(unit, str) for unit in units or ()):
+            raise ValueError(f"units must be a list of class names, got {units!r}")
+        if self.state_dict_type not in ("auto", "full", "sharded"):
+            raise ValueError(f"state_dict_type must be 'auto', 'full' or 'sharded', got {self.state_dict_type!r}")
+        nvme_paths(self.nvme_path, ".")
 
     @classmethod
     def precision_class(cls) -> Any:
@@ -229,24 +214,7 @@ class ZinfStrategyBody(CheckpointsPart):
         """
         return full_state_dict(self.engine)
 
-    # ------------------------------------------------------------------ setup
-
-    def setup_environment(self) -> None:
-        """Refuse what cannot work before anything is copied or built for it."""
-        self._joined = False
-        self._release_signals()  # of a run whose end nobody told us of, as a callback had raised there
-        if self.lightning_module is not None:
-            trainer = self.lightning_module.trainer
-            self._refuse_callbacks(trainer)
-            if self._alone:
-                _compat.keep_samplers(trainer)
-        super().setup_environment()
-
-    def _refuse_callbacks(self, trainer: "Trainer") -> None:
-        for kind, reason in REFUSED_CALLBACKS.items():
-            found = _compat.instances_of(self.package, trainer.callbacks, [kind])  # type: ignore[attr-defined]
-            if found:
-                raise ValueError(f"the zinf strategy does not support {found[0]}: {reason}")
+    # ------------------------------------------------------------------ precision
 
     @property
     def precision_plugin(self) -> Any:
@@ -258,110 +226,6 @@ class ZinfStrategyBody(CheckpointsPart):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any | None) -> None:
         self._precision_plugin = None if plugin is None else precisions.replace(plugin, self)
-
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:  # type: ignore[override,unused-ignore]
-        """Create tensors in host memory: the engine moves what belongs on the device."""
-        with super().tensor_init_context(empty_init), torch.device("cpu"):
-            yield
-
-    @contextmanager
-    def model_sharded_context(self) -> Iterator[None]:  # type: ignore[override,unused-ignore]
-        """Page parameters as ``configure_model`` makes them."""
-        config, ranks = self._partition_config(), None
-        if config.stage == 3 and self._engine is None:  # else the module is built, and its engine talks to other ranks
-            ranks = self._ranks()
-        with paged_construction(config, 1 if self._alone else self.num_processes, ranks) as pager:
-            self._building = pager if isinstance(pager, SharedPager) else None
-            yield
-
-    def setup(self, trainer: "Trainer") -> None:
-        """Partition the module, and bind its optimizers to the engine."""
-        assert self.accelerator is not None
-        assert self.lightning_module is not None
-        self.accelerator.setup(trainer)
-        ops.set_num_threads(torch.get_num_threads())
-        self._failed = False
-        self.model = self.precision_plugin.convert_module(self.lightning_module)
-        fitting = trainer.state.fn == "fit"
-        if fitting and self._layer_sync and not self._alone:  # one process has no other to synchronise BatchNorm with
-            self.model = self._layer_sync.apply(self.model)
-        self.model_to_device()
-        if fitting:
-            self._reset_optimizers_and_schedulers()
-            self.setup_optimizers(trainer)
-        self._partition(self.lightning_module, bind=fitting)
-        self.setup_precision_plugin()
-        if fitting:
-            _compat.before_batches(trainer, self._between_batches)
-            self.refuse_plugin()
-            self._announce()
-            self._begin_plan()
-
-    def model_to_device(self) -> None:
-        """Move buffers and metrics; the engine moves the parameters."""
-        assert self.model is not None
-        _compat.move_all_but_parameters(self.model, self.root_device)
-
-    def _partition(self, module: "LightningModule", *, bind: bool) -> None:
-        config = self._partition_config()
-        ranks = self._ranks()
-        engine = engine_of(module)
-        reusable = engine is not None and engine.join(ranks) and self._equal(engine.config, config)
-        optimizers = [o for o in map(_compat.unwrapped, self._optimizers) if not _compat.is_mock(self.package, o)]
-        rules = rules_of(optimizers) if bind else []
-        states = states_to_keep(optimizers, engine if reusable else None) if bind else []
-        if not reusable:
-            if engine is not None:
-                forget(module)
-            trained = [p for o in optimizers for group in o.param_groups for p in group["params"]] if bind else []
-            more = tuple(p for c in module.trainer.callbacks for p in getattr(c, "state_planes", ()))  # type: ignore[attr-defined]
-            planes = {i: p + more for i, p in planes_of(optimizers, rules).items()} if bind else None
-            engine = partition(module, config, trained, ranks, planes)
-            if self._building is not None:
-                self._building.give_back()
-        self._building = None
-        self._joined = True
-        if bind:
-            assert engine is not None
-            bind_all(optimizers, rules, engine, states)
-            self.optimizers = self._optimizers  # so that Lightning wraps them as the classes that we made them
-
-    def _equal(self, old: PartitionConfig, new: PartitionConfig) -> bool:
-        if self.nvme_path is None:  # another Trainer's default folder is as good
-            new = replace(new, nvme_paths=old.nvme_paths)
-        return old == new
-
-    def _partition_config(self) -> PartitionConfig:
-        assert self.lightning_module is not None
-        root = self.lightning_module.trainer.default_root_dir
-        recomputed = self.activation_checkpointing
-        return PartitionConfig(
-            device=self.root_device,
-            precision=self.precision_plugin.precision,
-            offload_params=self.offload_params if self.stage == 3 else "none",
-            offload_optimizer=self.offload_optimizer,
-            nvme_paths=nvme_paths(self.nvme_path, os.getcwd() if "://" in root else root),
-            units=tuple(self.units or ()),
-            memory=self.memory,
-            overlap=self.overlap,
-            io=self.io,
-            tiling=self.tiling,
-            stage=3 if self._alone else self.stage,
-            shard_size=None if self._alone else self.shard_size,
-            activation_checkpointing=recomputed if isinstance(recomputed, bool) else tuple(recomputed),
-            offload_activations=self.offload_activations,
-        )
-
-    def _announce(self) -> None:
-        engine = self.engine
-        rank_zero_info(
-            f"zinf: stage {self.stage}, {self.precision_plugin.precision}, {len(engine.units)} units; "
-            f"weights on {tiers(engine, 'weights')}, optimizer state on {tiers(engine, 'optimizer state')}"
-            + (f"; {describe_activations(engine)}" if engine.activations is not None else "")
-            + (f", NVMe files in {', '.join(engine.config.nvme_paths)}" if engine.context.has_nvme else "")
-            + f"\n{memory_text(engine.plan)}"
-        )
 
     # ------------------------------------------------------------------ steps
 
