@@ -7,31 +7,17 @@ from typing import Any
 from unittest import mock
 
 import lightning.pytorch as pl
-from lightning_cases import Net, block, loader, net, trainer
-from torch import nn
+from lightning_cases import loader, net, trainer
+from plan_cases import Deep, engine
 from torch.utils.data import DataLoader
 
 import lightning_zinf
 from lightning_zinf import strategy_plan
 from lightning_zinf.engine import partition
 from lightning_zinf.engine import speeds as probing
-from lightning_zinf.engine.engine import Engine
-from lightning_zinf.engine.partition import engine_of
 from lightning_zinf.engine.profile import StepProfile
 from lightning_zinf.memory.planner import Plan, make_plan
 from lightning_zinf.memory.planner.speeds import Speeds
-
-
-class Deep(Net):
-    def __init__(self, lr: float = 1e-2) -> None:
-        super().__init__(lr)
-        self.blocks = nn.Sequential(*(block() for _ in range(8)))
-
-
-def engine(module: Any) -> Engine:
-    found = engine_of(module)
-    assert found is not None
-    return found
 
 
 class Watch(pl.Callback):

@@ -10,6 +10,7 @@ import measured
 import pytest
 import torch
 from lightning_cases import net
+from plan_cases import Deep
 from pool import pool
 
 from lightning_zinf.memory.planner.speeds import Speeds
@@ -27,7 +28,7 @@ def test_ranks_move_alike(options: dict[str, Any], tmp_path: Path) -> None:
     assert before["placement"]["optimizer"] == "nvme"
     planes = sum(r["bytes"] for r in before["residency"] if r["tier"] != "nvme")
     # Of one rank: what is left, what the model took before it was partitioned, and half of what the rank keeps there.
-    present = sum(p.nbytes for p in net(measured.Deep).parameters())
+    present = sum(p.nbytes for p in net(Deep).parameters())
     much = (host["available"] - host["needed"]) // 2 + present + planes // 2
     found = pool(2).run(measured.fit_measured, tmp_path, options, free, [1000, much])
     assert found[0]["tiers"] == found[1]["tiers"]
@@ -50,7 +51,7 @@ def test_ranks_follow_the_slowest(options: dict[str, Any], tmp_path: Path) -> No
     """One rank's disk is slow; both plan by it, move alike, and have the bits of a run that keeps all in memory."""
     slow, fast = Speeds(1e-4, 1e-5, 1e6, 1e6, 1e6), Speeds(1e-3, 1e-4, 1e9, 1e9, 1e9)
     ample = pool(2).run(measured.fit_with_speeds, tmp_path, options, None, [fast, fast])
-    budget = sum(p.nbytes for p in net(measured.Deep).parameters()) * 7 // 4
+    budget = sum(p.nbytes for p in net(Deep).parameters()) * 7 // 4
     found = pool(2).run(measured.fit_with_speeds, tmp_path, options, budget, [fast, slow])
     for name in ("tiers", "rates", "rings", "pages"):
         assert found[0][name] == found[1][name], name
@@ -64,7 +65,7 @@ def test_ranks_follow_the_slowest(options: dict[str, Any], tmp_path: Path) -> No
 
 def test_after_an_exception_on_one_rank_steps_are_counted_alike(tmp_path: Path) -> None:
     """One rank breaks between its forward and its backward, the other in its backward; then both fit again."""
-    budget = sum(p.nbytes for p in net(measured.Deep).parameters()) * 7 // 4
+    budget = sum(p.nbytes for p in net(Deep).parameters()) * 7 // 4
     found = pool(2).run(measured.fit_again_within, tmp_path, budget)
     for said, between, predicted in found:
         assert "broken on purpose" in said[0]
@@ -76,7 +77,7 @@ def test_after_an_exception_on_one_rank_steps_are_counted_alike(tmp_path: Path) 
 @pytest.mark.parametrize("shares", [[1 / 16, None], [None, 1 / 16], [1 / 16, 3 / 4]])
 def test_ranks_that_plan_differently_all_raise(shares: list[float | None], tmp_path: Path) -> None:
     """Before anything moves, also where one of them would leave all as it is."""
-    budget = sum(p.nbytes for p in net(measured.Deep).parameters()) * 7 // 4
+    budget = sum(p.nbytes for p in net(Deep).parameters()) * 7 // 4
     found = pool(2).run(measured.plan_apart, tmp_path, budget, shares)
     for said, stayed in found:
         assert said.startswith("RuntimeError: the ranks have made different plans"), said

@@ -11,27 +11,22 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
-from lightning_cases import Net, assert_same, block, loader, net, trainer, weights, zinf
-from torch import nn
+from lightning_cases import assert_same, loader, net, trainer, weights, zinf
+from plan_cases import Deep, engine, free
 
 from lightning_zinf import MemoryConfig
-from lightning_zinf.engine import partition
-from lightning_zinf.engine.partition import engine_of, options_of
+from lightning_zinf.engine.partition import options_of
 from lightning_zinf.memory.planner import Plan, make_plan
 
 MIB = 2**20
 
 
-class Deep(Net):
-    def __init__(self, lr: float = 1e-2) -> None:
-        super().__init__(lr)
-        self.blocks = nn.Sequential(*(block() for _ in range(24)))
+class Deeper(Deep):
+    depth = 24
 
 
 def plan_of(module: Any) -> Plan:
-    engine = engine_of(module)
-    assert engine is not None
-    return engine.plan
+    return engine(module).plan
 
 
 def test_the_plan_is_printed_and_kept_beside_the_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -58,11 +53,10 @@ def test_without_a_logger_nothing_is_written(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_with_the_table_before_anything_moves(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = net(Deep)
+    module = net(Deeper)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     present = sum(p.nbytes for p in module.parameters())
-    for name in ("free_host_bytes", "free_device_bytes"):
-        monkeypatch.setattr(partition, name, lambda *_: 3 * present - 1)
+    free(monkeypatch, 3 * present - 1)
     # 16 bytes a parameter are needed; 4 are there and go, and just less than 12 are free: that fits up to padding.
     with pytest.raises(
         ValueError, match=r"the model does not fit: a step needs .* MiB of host memory, and .* MiB are free"
@@ -80,22 +74,20 @@ def test_what_does_not_fit_is_refused_with_the_table_before_anything_moves(
 
 def test_evaluation_needs_no_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = net()
-    for name in ("free_host_bytes", "free_device_bytes"):
-        monkeypatch.setattr(partition, name, lambda *_: sum(p.nbytes for p in module.parameters()))
+    free(monkeypatch, sum(p.nbytes for p in module.parameters()))
     trainer(tmp_path, "device").validate(module, loader(), verbose=False)
 
 
 def least_budget(module: Any) -> int:
     """The smallest ``memory.host_bytes`` that the planner does not refuse for a module that has been partitioned."""
-    engine = engine_of(module)
-    assert engine is not None
+    found = engine(module)
     low, high = 1, 2**30
     while low < high:
         middle = (low + high) // 2
-        options = options_of(engine.config)
+        options = options_of(found.config)
         options = type(options)(**{**vars(options), "host_bytes": middle})
-        found = make_plan(engine.plan.model, engine.plan.machine, options)
-        low, high = (low, middle) if found.problem is None else (middle + 1, high)
+        plan = make_plan(found.plan.model, found.plan.machine, options)
+        low, high = (low, middle) if plan.problem is None else (middle + 1, high)
     return low
 
 

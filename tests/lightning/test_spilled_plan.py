@@ -10,9 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.loggers import CSVLogger
-from lightning_cases import Net, assert_same, block, loader, net, trainer, weights, zinf
-from test_measured_plan import SLOW, engine, free, resident
-from torch import nn
+from lightning_cases import assert_same, loader, net, trainer, weights, zinf
+from plan_cases import SLOW, Deep, engine, free, resident
 
 from lightning_zinf import MemoryConfig
 from lightning_zinf.engine import partition
@@ -23,10 +22,8 @@ from lightning_zinf.memory.planner import Plan
 OPTIONS: list[dict[str, Any]] = [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}]
 
 
-class Many(Net):
-    def __init__(self, lr: float = 1e-2) -> None:
-        super().__init__(lr)
-        self.blocks = nn.Sequential(*(block() for _ in range(32)))
+class Many(Deep):
+    depth = 32
 
 
 class Watch(pl.Callback):
