@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import construction_models
 import torch
 import torch.distributed as dist
+from construction_models import SIDE, WEIGHT, expected_of, plain, values_of
 from pool import PATIENCE
 from torch import Tensor, nn
 
@@ -26,44 +28,22 @@ from lightning_zinf.engine.shared_pages import SharedPager
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.parameters import Released, owner_of
 
-SIDE = 192
-WEIGHT = SIDE * SIDE * 4
-"""Bytes of a weight: 144 KiB, more than the smallest page."""
 
+class Deep(construction_models.Deep):
+    """Copies from and to weights that are cut."""
 
-class Deep(nn.Module):
-    """Tied weights, a module that is built and thrown away, copies, and a second initialisation at the end."""
+    depth = 12
 
-    def __init__(self, *, init: bool = True) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(SIDE, SIDE)
-        self.blocks = nn.ModuleList(nn.Linear(SIDE, SIDE) for _ in range(12))
-        nn.Linear(SIDE, SIDE)
-        self.head = nn.Linear(SIDE, SIDE, bias=False)
-        self.head.weight = self.embed.weight
-        self.late = nn.Linear(SIDE, SIDE)
+    def copy_weights(self) -> None:
         with torch.no_grad():
             self.late.weight.copy_(self.blocks[0].weight)
             self.blocks[5].weight.copy_(self.blocks[1].weight.t())  # neither is here
             self.blocks[2].weight[3] = 7.0
             self.blocks[3].weight.add_(self.blocks[2].weight)  # of which one is here
-        if init:
-            self.apply(self.initialise)
-
-    @staticmethod
-    def initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def late() -> nn.Module:
     return Deep(init=False)
-
-
-def plain(layers: int = 8) -> nn.Module:
-    return nn.Sequential(*[nn.Linear(SIDE, SIDE) for _ in range(layers)])
 
 
 def halved() -> nn.Module:
@@ -117,10 +97,6 @@ def config_of(folder: Path, offload: str, budget: int = 4 * WEIGHT, **options: A
     )
 
 
-def values_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def slices_of(model: nn.Module, size: int) -> int:
     """Return the bytes of one rank's slices of the parameters that are cut."""
     cut = [p for p in model.parameters() if owner_of(p) is not None]
@@ -166,9 +142,7 @@ def build(
 
 def plainly(name: str) -> tuple[dict[str, Tensor], Tensor]:
     """Return what one process would build with rank 0's seed, and its random generator."""
-    torch.manual_seed(3)
-    model = MODELS[name]()
-    return values_of(model), torch.get_rng_state()
+    return expected_of(MODELS[name])
 
 
 # ---------------------------------------------------------------------- ranks that do not do the same

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from construction_models import SIDE, WEIGHT, Deep, expected_of, plain
 from driver import CPU
 from oracle import bits
 from torch import Tensor, nn
@@ -17,37 +18,7 @@ from lightning_zinf.engine.construction import ConstructionPager, construction_b
 from lightning_zinf.engine.partition import PartitionConfig, partition
 from lightning_zinf.parameters import Released
 
-SIDE = 192  # a weight has 144 KiB: more than the smallest page
-WEIGHT = SIDE * SIDE * 4
 BUDGET = 2 * WEIGHT
-
-
-class Deep(nn.Module):
-    """Tied weights, a module that is built and thrown away, and a second initialisation at the end."""
-
-    def __init__(self, *, init: bool = True) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(SIDE, SIDE)
-        self.blocks = nn.ModuleList(nn.Linear(SIDE, SIDE) for _ in range(8))
-        nn.Linear(SIDE, SIDE)
-        self.head = nn.Linear(SIDE, SIDE, bias=False)
-        self.head.weight = self.embed.weight
-        self.late = nn.Linear(SIDE, SIDE)
-        self.late.weight.data.copy_(self.blocks[0].weight)
-        if init:
-            self.apply(self.initialise)
-
-    @staticmethod
-    def initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-def plain() -> nn.Module:
-    """The model with nothing but ``nn.Linear``'s own initialisation."""
-    return nn.Sequential(*[nn.Linear(SIDE, SIDE) for _ in range(8)])
 
 
 def config_of(folder: Path, budget: int = BUDGET, offload: str = "nvme") -> PartitionConfig:
@@ -70,12 +41,6 @@ def pager_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int],
 
 Make = Callable[[int], PartitionConfig]
 MODELS = [Deep, plain, lambda: Deep(init=False)]
-
-
-def expected_of(build: Callable[[], nn.Module]) -> tuple[dict[str, Tensor], Tensor]:
-    torch.manual_seed(3)
-    model = build()
-    return {name: p.detach().clone() for name, p in model.named_parameters()}, torch.get_rng_state()
 
 
 def assert_values(model: nn.Module, expected: dict[str, Tensor]) -> None:
