@@ -8,23 +8,11 @@ from typing import Any
 import pytest
 import reshards
 from lightning_cases import assert_same
-from pool import close_all, pool
+from pool import pool, run
 from torch import Tensor
 
 WORLDS = [1, 2, 4]
 SETTINGS = ["none", "cpu", "nvme", "stage-2", "stage-1"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ranks() -> Any:
-    yield
-    close_all()
-
-
-def run(size: int, function: Any, *arguments: Any) -> list[dict[str, Tensor]]:
-    if size == 1:
-        return [function(0, 1, *arguments)]
-    return pool(size).run(function, *arguments)
 
 
 @pytest.fixture(scope="module")

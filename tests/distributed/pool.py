@@ -89,6 +89,11 @@ def pool(size: int) -> Pool:
     return _POOLS[size]
 
 
+def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Return what ``function(rank, size, *args)`` returns on each rank; one rank is this process."""
+    return [function(0, 1, *args)] if size == 1 else pool(size).run(function, *args)
+
+
 def close_all() -> None:
     for running in _POOLS.values():
         running.close()

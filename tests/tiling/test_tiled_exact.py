@@ -10,7 +10,7 @@ import ranks
 import torch
 from driver import Where, session, train_paged
 from oracle import Recipe, Result, assert_same, train_plain
-from pool import close_all, pool
+from pool import pool
 from tiled_models import TILED
 from together import Setting, train_together
 
@@ -44,12 +44,6 @@ MORE_SETTINGS = [
 pytestmark = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch's optimizers have no fma here"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ranks() -> object:
-    yield
-    close_all()
 
 
 @functools.cache

@@ -10,21 +10,10 @@ import reshards
 import tiled_ranks
 import torch
 from lightning_cases import assert_same
-from pool import close_all, pool
+from pool import pool, run
 from torch import Tensor
 
 from lightning_zinf.checkpoint.source import Checkpoint
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ranks() -> Any:
-    yield
-    close_all()
-
-
-def run(size: int, function: Any, *arguments: Any) -> list[dict[str, Tensor]]:
-    return [function(0, 1, *arguments)] if size == 1 else pool(size).run(function, *arguments)
-
 
 CASES = [
     ((2, "tiled"), (1, "none")),
