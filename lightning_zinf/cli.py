@@ -49,31 +49,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lightning-zinf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"example:\n{example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument("checkpoint", help="folder of a sharded checkpoint, or a URL that fsspec opens")
-        command.add_argument("--json", action="store_true", help="print JSON on stdout")
-        return command
-
-    inspect = add(
+    inspect = _add(
+        commands,
         "inspect",
         "show what a checkpoint has",
         "  $ zinf inspect last.ckpt\n  last.ckpt: 2 shards, 26,300,416 parameters in 25 tensors",
     )
     inspect.add_argument("--params", action="store_true", help="list every parameter")
-    add(
+    _add(
+        commands,
         "verify",
         "compare every file with its checksums",
         "  $ zinf verify last.ckpt\n  last.ckpt: 4 files, 0.29 GiB, all checksums match",
     )
-    consolidate = add(
+    _add_consolidate(commands)
+    _add_convert(commands)
+    reshard = _add(
+        commands,
+        "reshard",
+        "write a checkpoint again in another number of shards",
+        "  $ zinf reshard last.ckpt one-shard.ckpt --shards 1",
+    )
+    reshard.add_argument("output", help="the folder to write")
+    reshard.add_argument("--shards", type=int, required=True, metavar="N", help="number of shard files")
+    add_plan(commands, _size)
+    add_bench(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
+    """Add a command that works on a checkpoint."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("checkpoint", help="folder of a sharded checkpoint, or a URL that fsspec opens")
+    command.add_argument("--json", action="store_true", help="print JSON on stdout")
+    return command
+
+
+def _add_consolidate(commands: Any) -> None:
+    consolidate = _add(
+        commands,
         "consolidate",
         "write one Lightning .ckpt file, or the weights as safetensors",
         "  $ zinf consolidate last.ckpt model.ckpt\n  $ zinf consolidate last.ckpt hf/ --format safetensors",
@@ -89,7 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--force", action="store_true", help="overwrite what is there")
     option("--no-verify", action="store_true", help="do not compare checksums first")
     option("--trust-pickle", action="store_true", help="load Python objects of any class, which may run code")
-    convert = add(
+
+
+def _add_convert(commands: Any) -> None:
+    convert = _add(
+        commands,
         "convert",
         "convert to or from torch.distributed.checkpoint (FSDP2), or from DeepSpeed's ZeRO-1, 2 and 3",
         "  $ zinf convert last.ckpt fsdp2.ckpt --to dcp\n  fsdp2.ckpt: 0.29 GiB\n"
@@ -101,16 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     direction.add_argument("--to", choices=("dcp",), help="write this")
     direction.add_argument("--from", dest="origin", choices=("dcp", "deepspeed"), help="read this; it has pickles")
     convert.add_argument("--trust-pickle", action="store_true", help="load pickles, which may run code")
-    reshard = add(
-        "reshard",
-        "write a checkpoint again in another number of shards",
-        "  $ zinf reshard last.ckpt one-shard.ckpt --shards 1",
-    )
-    reshard.add_argument("output", help="the folder to write")
-    reshard.add_argument("--shards", type=int, required=True, metavar="N", help="number of shard files")
-    add_plan(commands, _size)
-    add_bench(commands)
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,7 +37,15 @@ def add_plan(commands: Any, size: Callable[[str], int]) -> None:
         epilog=f"examples:\n{_EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option = command.add_argument
+    _add_model(command.add_argument)
+    _add_training(command.add_argument, size)
+    _add_machine(command.add_argument, size)
+    command.add_argument("--json", action="store_true", help="print JSON on stdout")
+    text = "write a picture of memory by tier and of step time against batch (.png)"
+    command.add_argument("--plot", metavar="FILE", help=text)
+
+
+def _add_model(option: Callable[..., Any]) -> None:
     option("config", nargs="?", help="a LightningCLI .yaml, or a Hugging Face config.json or its folder")
     option(
         "--model-class", metavar="CLASS", help="the model of a .yaml that has no class_path: pkg.Class or file.py:Class"
@@ -52,6 +60,9 @@ def add_plan(commands: Any, size: Callable[[str], int]) -> None:
     ):
         option(f"--{name}", type=int, metavar="N", help=f"a transformer's {text}")
     option("--seq", type=int, metavar="N", help="tokens of a sample")
+
+
+def _add_training(option: Callable[..., Any], size: Callable[[str], int]) -> None:
     option("--batch", type=int, metavar="N", help="samples of a micro-batch of one rank (1)")
     option("--accumulate", type=int, metavar="N", help="micro-batches of a step (1)")
     option("--precision", choices=("32-true", "bf16-mixed", "bf16-true", "16-mixed"), help="(bf16-mixed)")
@@ -73,6 +84,9 @@ def add_plan(commands: Any, size: Callable[[str], int]) -> None:
         choices=("after", "deferred", "backward"),
         help="what if updates ran then; by default as the engine does it",
     )
+
+
+def _add_machine(option: Callable[..., Any], size: Callable[[str], int]) -> None:
     option("--host-bytes", type=size, metavar="SIZE", help="as memory.host_bytes")
     option("--device-bytes", type=size, metavar="SIZE", help="as memory.device_bytes")
     option("--cluster", metavar="FILE", help="plan for the machines of this .yaml; by default for this one")
@@ -80,8 +94,6 @@ def add_plan(commands: Any, size: Callable[[str], int]) -> None:
     option("--devices", type=int, metavar="N", help="ranks on this machine (1)")
     text = "folder on this machine's disk, by default $ZINF_NVME_PATH, else ./zinf_nvme; once for each of several disks"
     option("--nvme-path", action="append", help=text)
-    option("--json", action="store_true", help="print JSON on stdout")
-    option("--plot", metavar="FILE", help="write a picture of memory by tier and of step time against batch (.png)")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import reshards
@@ -11,7 +10,6 @@ import tiled_ranks
 import torch
 from lightning_cases import assert_same
 from pool import pool, run
-from torch import Tensor
 
 from lightning_zinf.checkpoint.source import Checkpoint
 
