@@ -58,21 +58,28 @@ def guard(like: Tensor) -> Tensor:
         return torch.Tensor._make_subclass(KeptGradient, value, False)
 
 
+def dropped(params: Sequence[nn.Parameter], guarded: set[int]) -> list[int]:
+    """Return the parameters whose guard the user has taken away: their gradient is to go.
+
+    Args:
+        params: The parameters of a buffer.
+        guarded: Indices of those that have been given guards.
+    """
+    return [index for index in guarded if not isinstance(params[index].grad, KeptGradient)]
+
+
 def lift(params: Sequence[nn.Parameter], guarded: set[int]) -> list[int]:
-    """Take the guards of parameters away; return those whose guard the user has taken away: their gradient is to go.
+    """Take the guards of parameters away; return those whose guard the user has taken away, see :func:`dropped`.
 
     Args:
         params: The parameters of a buffer.
         guarded: Indices of those that have guards; empty afterwards.
     """
-    dropped = []
-    for index in guarded:
-        if isinstance(params[index].grad, KeptGradient):
-            params[index].grad = None
-        else:
-            dropped.append(index)
+    gone = dropped(params, guarded)
+    for index in guarded.difference(gone):
+        params[index].grad = None  # what comes in its place may have another dtype
     guarded.clear()
-    return dropped
+    return gone
 
 
 def plainly(method: Callable[P, R]) -> Callable[P, R]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_zinf.comm.group import Collectives, Reduction
 from lightning_zinf.engine.gradients import Piece, refuse_sparse
-from lightning_zinf.engine.guard import KeptGradient, guard, plainly
+from lightning_zinf.engine.guard import KeptGradient, dropped, guard, lift, plainly
 from lightning_zinf.engine.squares import Squares
 
 if TYPE_CHECKING:
@@ -56,23 +56,18 @@ class ShardedGradients:
     @plainly
     def show(self) -> None:
         """Take the guards away again."""
-        self._forget_what_the_user_dropped()
-        for index in self._guarded:
-            param = self._buffer.params[index]
-            param.grad = None  # first: the dtype may be another by now
-            if index in self._hidden:
-                param.grad = self._hidden.pop(index)
-        self._guarded.clear()
+        self._drop(lift(self._buffer.params, self._guarded))
+        for index, grad in self._hidden.items():
+            self._buffer.params[index].grad = grad
+        self._hidden.clear()
 
-    def _forget_what_the_user_dropped(self) -> None:
+    def _drop(self, indices: Collection[int]) -> None:
         """A guard that is gone means that ``module.zero_grad()`` or ``p.grad = None`` was meant for the gradient."""
-        dropped = {i for i in self._guarded if not isinstance(self._buffer.params[i].grad, KeptGradient)}
-        if dropped:
-            self._guarded -= dropped
-            for index in dropped:
-                self._sums.pop(index, None)
-                self._hidden.pop(index, None)
-            self._forget(dropped, zero=True)
+        for index in indices:
+            self._sums.pop(index, None)
+            self._hidden.pop(index, None)
+        if indices:
+            self._forget(indices, zero=True)
 
     @plainly
     def before_backward(self) -> None:
@@ -166,7 +161,9 @@ class ShardedGradients:
 
         Parameters that lie in other ranks' shards come with an empty piece.
         """
-        self._forget_what_the_user_dropped()
+        gone = dropped(self._buffer.params, self._guarded)
+        self._guarded.difference_update(gone)
+        self._drop(gone)
         pieces = self._pieces(indices)
         if not keep and self._shard is not None:
             self.squares.forget()
