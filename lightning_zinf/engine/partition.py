@@ -21,7 +21,7 @@ from lightning_zinf.engine.drafts import COMPUTE_DTYPES, Draft, check_parameters
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.placing import give_weights, make_rings, settle
 from lightning_zinf.engine.recompute import modules_to_recompute
-from lightning_zinf.engine.shared_pages import pagers_with_pages
+from lightning_zinf.engine.shared_pages import SharedPager, pagers_with_pages
 from lightning_zinf.engine.spilled import SpilledGradients
 from lightning_zinf.engine.units import Unit, UnitPlan, find_units
 from lightning_zinf.memory.heap import large_blocks_apart
@@ -97,10 +97,7 @@ def partition(
     plans = [*plans[:-1], *_plans_of_tiles(tiled), plans[-1]]
     drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
     model = describe_model(drafts, type(root).__name__)
-    present = _present_bytes(root, config.device)
-    present += sum(pager.kept_bytes for pager in pagers) if cpu else 0
-    if comm is not None:  # what is planned with it has to be the same on all ranks
-        (present,) = least([present], comm.ranks.channel, "planning")
+    present = _taken_bytes(root, config.device, pagers if cpu else (), comm)
     machine, options = _machine(config, free, comm, aliased=cpu), replace(options_of(config), present=present)
     # Copies of the model on other ranks, which the plan of one does not have, have to add up their gradients.
     plan = make_plan(model, machine, options, spills=None if comm is None else False)
@@ -192,6 +189,14 @@ def _present_bytes(root: nn.Module, device: torch.device) -> int:
         if not isinstance(p, paging.Released) and p.device.type == device.type and (p.is_cuda or not p.is_shared())
     }
     return sum(storages.values())
+
+
+def _taken_bytes(root: nn.Module, device: torch.device, pagers: Sequence[SharedPager], comm: Collectives | None) -> int:
+    """Return the bytes that the model takes now, and slices of its parameters, which go when they are partitioned."""
+    taken = _present_bytes(root, device) + sum(pager.kept_bytes for pager in pagers)
+    if comm is not None:  # what is planned with it has to be the same on all ranks
+        (taken,) = least([taken], comm.ranks.channel, "planning")
+    return taken
 
 
 def _refuse_what_does_not_fit(plan: Plan, present: int, *, training: bool) -> None:
