@@ -6,6 +6,12 @@ Freeing and growing a storage per gather costs a page fault per page on a CPU an
 gathered buffers live in slots that are allocated once and reused. The sum of their sizes never exceeds the budget,
 except where a running operator needs more at once than the budget holds: then the ring overcommits and counts it.
 
+After that, free slots are given back, least recently used first, as soon as what is held, seen or being written leaves
+room for the budget again. Where each step needs more than the budget, that alone would be in vain: what is given back
+has to be made again, and counts again. It may be that the budget is too small, or that slots which are larger than what
+they hold take up what is missing. So a ring that has to overcommit again soon after keeps as much as was needed then,
+until that has not been needed for twice as long as was between two such times; then it comes back to its budget.
+
 A free slot keeps its content and remembers whose it is (``holder``), so a unit that is needed again before its slot was
 taken costs no read: that happens at the turn from forward to backward. The least recently used slot is taken first,
 which for a palindrome (forward, then backward) is the one whose next use is farthest.
@@ -25,6 +31,9 @@ from torch import Tensor
 
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.monitor.counters import Counters
+
+_SOON = 1024
+"""Releases within which a ring that gives back and overcommits again has given back in vain."""
 
 
 class Ticket(Protocol):
@@ -50,6 +59,15 @@ def wait_all(tickets: Iterable[Ticket]) -> None:
             raise failed
         finally:
             del failed  # its traceback refers to this frame, and so to what every caller holds
+
+
+def failed(ticket: Ticket) -> bool:
+    """Wait until a request is finished, and tell whether it went wrong."""
+    try:
+        ticket.wait()
+    except OSError:
+        return True
+    return False
 
 
 def use_count(tensor: Tensor) -> int:
@@ -99,6 +117,17 @@ class Slot:
         """Whether more than ``expected`` tensors outside of the engine view this memory."""
         return use_count(self.memory) > self._baseline + expected
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nobody outside of the engine sees it and nothing is being written from it.
+
+        What could not be written is not at rest: whoever waits for it is to be told.
+        """
+        if not all(ticket.done() for ticket in self.writes) or any(failed(ticket) for ticket in self.writes):
+            return False
+        self.writes.clear()  # a request holds on to the memory until somebody waits for it
+        return not self.visible
+
     def wait_writes(self, counters: Counters) -> None:
         """Wait until the content has been written where it was being written to."""
         if self.writes:
@@ -122,10 +151,14 @@ class SlotRing:
         self.budget = budget
         self.total = 0
         self.peak = 0
+        self._kept = 0
+        self._exceeded: int | None = None  # when more than the budget was last in use, by the clock
+        self._gap = 0
+        self._gave_back = False
         self._allocate = allocate
         self._counters = counters
         self._slots: list[Slot] = []
-        self._clock = 0
+        self._clock = 0  # counts releases
 
     def find(self, holder: object) -> Slot | None:
         """Return the free slot that still has the content of ``holder``."""
@@ -142,15 +175,17 @@ class SlotRing:
         Returns:
             The slot and whether it still has the content of ``holder``; None if the budget is used up by slots in use.
         """
-        slot = self.find(holder)
-        if slot is not None:
-            return self._take(slot, holder), True
+        found = self.find(holder)
+        if found is not None:
+            self._take(found, holder)
+        self._come_back()
+        if found is not None:
+            return found, True
         slot = self._pick(nbytes)
         if slot is None and self._make_room(nbytes):
             slot = self._new(nbytes)
         if slot is None and force:
-            self._counters.overcommits += 1
-            slot = self._new(nbytes)
+            slot = self._overcommit(nbytes)
         if slot is None:
             return None
         slot.wait_writes(self._counters)
@@ -159,7 +194,10 @@ class SlotRing:
     def release(self, slot: Slot) -> None:
         """Give a slot back; it keeps its content until somebody else needs it."""
         self._clock += 1
+        if self.total > self.budget and self._used() > self.budget:
+            self._exceeded = self._clock
         slot.free, slot.stamp = True, self._clock
+        self._come_back()
         self._sample()
 
     def forget(self, slot: Slot) -> None:
@@ -168,12 +206,11 @@ class SlotRing:
 
     def shrink(self, budget: int) -> None:
         """Lower the budget, and give free slots back until the rest fits."""
-        self.budget = min(self.budget, budget)
-        self._make_room(0)
+        self.resize(min(self.budget, budget))
 
     def resize(self, budget: int) -> None:
         """Set the budget, and give free slots back until the rest fits."""
-        self.budget = budget
+        self.budget, self._kept = budget, 0
         self._make_room(0)
 
     def drain(self) -> None:
@@ -193,16 +230,19 @@ class SlotRing:
 
     def _pick(self, nbytes: int) -> Slot | None:
         # A new slot is better than one with content somebody may come back for, as long as the budget lasts.
-        if self.total + nbytes <= self.budget:
+        if self.total + nbytes <= self._limit:
             try:
                 return self._new(nbytes)
             except MemoryError:
                 if not self._slots:
                     raise
-                self.budget = self.total  # less is free than when the budget was made: go on with what is there
+                # Less is free than when the budget was made: go on with what is there.
+                self.budget, self._kept = min(self.budget, self.total), 0
         roof = max(2 * nbytes, nbytes + 65536)
-        fits = [s for s in self._slots if s.free and nbytes <= s.nbytes <= roof]
-        for slot in sorted(fits, key=lambda s: s.stamp):
+        used = self._used()
+        if used + nbytes <= self.budget:  # no slot so large that what is in use exceeds the budget by that alone
+            roof = min(roof, self.budget - used)
+        for slot in [s for s in self._free() if nbytes <= s.nbytes <= roof]:
             slot.wait_writes(self._counters)  # a request under way holds on to the memory too
             if not slot.visible:
                 return slot
@@ -210,17 +250,59 @@ class SlotRing:
 
     def _make_room(self, nbytes: int) -> bool:
         """Drop free slots, least recently used first, until ``nbytes`` more fit."""
-        free = sorted((s for s in self._slots if s.free), key=lambda s: s.stamp)
-        if nbytes and self.total - sum(s.nbytes for s in free) + nbytes > self.budget:
+        free = self._free()
+        if nbytes and self.total - sum(s.nbytes for s in free) + nbytes > self._limit:
             return False
         for slot in free:
-            if self.total + nbytes <= self.budget:
+            if self.total + nbytes <= self._limit:
                 break
             slot.wait_writes(self._counters)
             self._counters.orphaned_slots += slot.visible
-            self._slots.remove(slot)
-            self.total -= slot.nbytes
+            self._drop(slot)
         return True
+
+    def _come_back(self, nbytes: int = 0) -> None:
+        """Give back what there is beyond the limit, as far as it is at rest.
+
+        Args:
+            nbytes: So many more are about to be allocated.
+        """
+        if self._exceeded is not None and self._clock - self._exceeded > 2 * self._gap:
+            self._kept = 0
+        if self.total + nbytes <= self._limit:
+            return
+        for slot in self._free():
+            if self.total + nbytes <= self._limit:
+                break
+            if slot.at_rest:
+                self._drop(slot)
+
+    def _overcommit(self, nbytes: int) -> Slot:
+        """Exceed the limit, by no more than it takes."""
+        self._counters.overcommits += 1
+        if self._exceeded is not None and self._gave_back and self._clock - self._exceeded <= _SOON:
+            self._gap = max(self._gap, self._clock - self._exceeded)
+            self._kept = max(self._kept, self._used() + nbytes)
+        self._exceeded, self._gave_back = self._clock, False
+        self._come_back(nbytes)
+        return self._new(nbytes)
+
+    @property
+    def _limit(self) -> int:
+        """Bytes that all slots together may take now."""
+        return max(self.budget, self._kept)
+
+    def _used(self) -> int:
+        return sum(s.nbytes for s in self._slots if not s.free)
+
+    def _free(self) -> list[Slot]:
+        """Return free slots, least recently used first."""
+        return sorted((s for s in self._slots if s.free), key=lambda s: s.stamp)
+
+    def _drop(self, slot: Slot) -> None:
+        self._slots.remove(slot)
+        self.total -= slot.nbytes
+        self._gave_back = True
 
     def _new(self, nbytes: int) -> Slot:
         slot = Slot(self._allocate(nbytes))

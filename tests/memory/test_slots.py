@@ -89,7 +89,6 @@ def test_a_full_ring_says_none_unless_forced() -> None:
     assert (ring.total, ring.peak) == (3 * PAGE, 3 * PAGE)
 
 
-@pytest.mark.xfail(reason="free slots that fit are used before the ring is brought back to its budget", strict=True)
 def test_after_an_overcommit_the_ring_comes_back_to_its_budget() -> None:
     ring, counters = ring_of(2)
     for slot in [taken(ring, name, 2, force=True) for name in "ab"]:
