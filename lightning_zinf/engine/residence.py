@@ -12,6 +12,10 @@ Two classes, one for each kind of machine:
 - ``AliasedWeights``: the accelerator is the CPU, so a slot is host memory: NVMe reads land in it, updates act on it.
 - ``DeviceWeights``: the accelerator has memory of its own. Updates act on a host copy of the shard (for good in host
   memory, or staged from NVMe), which then goes up; without any offload they act on the device.
+
+A write home that failed is remembered until a later one succeeds. What a slot still has is right and may be used; but
+what is on NVMe is older than the weights are, so every read of it fails with what the write failed with, also when
+whoever was told first has gone on.
 """
 
 from __future__ import annotations
@@ -21,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_zinf.memory.nvme import Extent
+from lightning_zinf.memory.nvme import Extent, OutOfDate
 from lightning_zinf.memory.pieces import Piece, cut_extent, cut_memory
-from lightning_zinf.memory.slots import Slot, Ticket
+from lightning_zinf.memory.slots import Slot, Ticket, failed
 from lightning_zinf.monitor.counters import Counters
 
 if TYPE_CHECKING:
@@ -123,6 +127,15 @@ class _Weights:
             self.slot = got[0]
         self.whole = True
 
+    def _read_home(self, part: Tensor) -> None:
+        """Start to read the shard from NVMe, if it is there."""
+        assert self.extent is not None, self._buffer
+        written = self._written
+        if written is not None and failed(written):  # it is done as a rule, or the slot would still have the content
+            self._tickets.append(OutOfDate(written, self._buffer.name))
+        else:
+            self._tickets.append(self._context.nvme.read(self.extent, part))
+
     def _acquire(self, *, force: bool) -> bool | None:
         """Take a slot; return whether it still has the content, or None if none is free and ``force`` is not set."""
         got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=force)
@@ -161,7 +174,7 @@ class AliasedWeights(_Weights):
         if hit and (self._context.comm is None or (self.whole and not pending)):
             self._context.counters.reused_bytes += self._buffer.weight_bytes
         if not hit and self.extent is not None:
-            self._tickets.append(self._context.nvme.read(self.extent, self.part()))
+            self._read_home(self.part())
         return True
 
     def arrive(self) -> None:
@@ -325,7 +338,7 @@ class DeviceWeights(_Weights):
         if read and hit:
             self._context.counters.reused_bytes += self._buffer.shard_bytes
         elif read:
-            self._tickets.append(self._context.nvme.read(self.extent, self.host()))
+            self._read_home(self.host())
         return True
 
     def _unstage(self) -> None:

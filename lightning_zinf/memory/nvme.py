@@ -91,6 +91,39 @@ class StripedTicket:
         return max(after + ticket.elapsed for after, ticket in self._tickets)
 
 
+class OutOfDate:
+    """Stands for the read of a shard that could not be written: it fails with what the write failed with.
+
+    Args:
+        written: The write.
+        name: Whose shard, for the message.
+    """
+
+    def __init__(self, written: Ticket, name: str) -> None:
+        self._written = written
+        self._name = name
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raise what the write failed with.
+
+        Raises:
+            OSError: Always, with the errno and the file of the write.
+        """
+        try:
+            return self._written.wait(timeout)
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"{error.strerror}: the weights of {self._name!r} could not be written, so those on NVMe are out of "
+                "date and are not read: mend the drive, or give another nvme_path, and go on from a checkpoint",
+                error.filename,
+            ) from error
+
+    def done(self) -> bool:
+        """Whether the write is done, which it is."""
+        return self._written.done()
+
+
 class NvmeStore:
     """Extents on local drives, read and written asynchronously past the page cache.
 

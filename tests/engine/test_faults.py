@@ -6,7 +6,7 @@ import errno
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,48 @@ def test_a_failed_write_never_passes_silently(where: Where, which: Which, number
             running.train().engine.flush()
         assert count() > number
         assert caught.value.filename
+
+
+@pytest.mark.parametrize("where", [HOST, DEVICE], ids=str)
+def test_weights_that_could_not_be_written_are_never_read_as_they_were_before(where: Where, tmp_path: Path) -> None:
+    """Whoever catches the first error and goes on is told again at each use, until they are written anew."""
+    with small_tiles(tmp_path, where, "bf16-mixed") as running:
+        engine = running.engine
+        unit = next(u for u in engine.units if all(b.weights.extent is not None for b in u.buffers))
+        buffer = unit.buffers[0]
+
+        def crowd_out() -> int:
+            told = 0
+            for _ in range(2):
+                for other in engine.units:
+                    try:
+                        with engine.loaded(other) if other is not unit else nullcontext():
+                            pass
+                    except OSError:
+                        told += 1
+            assert not buffer.weights.at_hand
+            return told
+
+        with engine.loaded(unit):
+            values = buffer.weights.flat().clone()
+        refuse(running, "write", lambda _, extent, offset: extent is buffer.weights.extent, 0)
+        with engine.loaded(unit):
+            buffer.weights.store()
+        assert crowd_out() == 1
+        told_again = rf"Input/output error: the weights of '{buffer.name}' .* out of date"
+        for _ in range(3):
+            with pytest.raises(OSError, match=told_again) as it, engine.loaded(unit):
+                pass
+            assert it.value.errno == errno.EIO
+            assert it.value.filename
+        with torch.no_grad():
+            buffer.weights.claim()
+            buffer.weights.flat().copy_(values + 1)
+            buffer.weights.store()
+            buffer.weights.leave()
+        assert crowd_out() == 0
+        with engine.loaded(unit):
+            assert torch.equal(buffer.weights.flat(), values + 1)
 
 
 @pytest.mark.timeout(60)
