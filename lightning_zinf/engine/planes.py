@@ -127,6 +127,8 @@ class Planes:
         if self.state is None or not (self.state.planes or set(planes) <= set(self.state.planes)):
             self.state = self.context.new_state(self.shard_numel, planes, self.state_tier, self.name)
         else:
+            if self.held is not None and self.state.offloaded and not set(planes) <= set(self.state.planes):
+                self.held.before_move()
             self.state.add_planes(planes)
 
     def views_of(self, flat: Tensor) -> list[Tensor]:

@@ -134,6 +134,11 @@ class Held:
         if plane is None or self._snapshot.over:
             self.buffer.held = None
 
+    def before_move(self) -> None:
+        """The planes are about to lie elsewhere, as they are."""
+        if self.ready:  # else it is only then that anybody learns where they lie
+            self._snapshot.let_go(self)
+
 
 class Snapshot:
     """The state of buffers at one moment; see Note [Snapshots].

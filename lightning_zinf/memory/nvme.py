@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,12 +41,16 @@ class Volume:
 
 @dataclass(frozen=True)
 class Extent:
-    """A piece of a volume: ``nbytes`` from ``offset``, both multiples of 4096, and what lies there."""
+    """A piece of a volume: ``nbytes`` from ``offset``, both multiples of 4096, and what lies there.
+
+    It reads as zeros until it is written to, unless it is used ``again``: then as what somebody else has left there.
+    """
 
     volume: Volume
     offset: int
     nbytes: int
     name: str = ""
+    again: bool = False
 
 
 class StripedTicket:
@@ -164,6 +168,7 @@ class NvmeStore:
         self.volumes: list[Volume] = []
         self.allocated_bytes = 0
         self._free_from = 0
+        self._released: list[Extent] = []  # no two of them adjacent
 
     def reserve(self, nbytes: int) -> None:
         """Preallocate a volume that the next ``nbytes`` of extents will lie in.
@@ -205,15 +210,41 @@ class NvmeStore:
             )
         return file
 
-    def allocate(self, nbytes: int, name: str = "") -> Extent:
-        """Return the next extent of ``nbytes``, reserving a volume for it if none has room."""
+    def allocate(self, nbytes: int, name: str = "", *, again: bool = False) -> Extent:
+        """Return an extent of ``nbytes``, reserving a volume for it if none has room.
+
+        Args:
+            nbytes: Size, which is rounded up to a multiple of 4096.
+            name: What lies there, for traces.
+            again: Prefer the first room that was given back and is large enough. What it reads as is not known then.
+
+        Raises:
+            OSError: If another volume is needed and a drive has no room for it.
+        """
         nbytes = round_up(nbytes, SHARD_ALIGNMENT)
+        if again and (room := next((e for e in self._released if e.nbytes >= nbytes), None)) is not None:
+            self._released.remove(room)
+            if room.nbytes > nbytes:
+                rest = replace(room, offset=room.offset + nbytes, nbytes=room.nbytes - nbytes)
+                self._released.append(rest)
+            self.allocated_bytes += nbytes
+            return replace(room, nbytes=nbytes, name=name)
         if not self.volumes or self._free_from + nbytes > self.volumes[-1].size:
             self.reserve(max(nbytes, self._chunk_bytes))
         extent = Extent(self.volumes[-1], self._free_from, nbytes, name)
         self._free_from += nbytes
         self.allocated_bytes += nbytes
         return extent
+
+    def release(self, extent: Extent) -> None:
+        """Take an extent back, for those who allocate with ``again``. Nothing may be under way there."""
+        self.allocated_bytes -= extent.nbytes
+        start, stop = extent.offset, extent.offset + extent.nbytes
+        for other in [e for e in self._released if e.volume is extent.volume]:
+            if other.offset + other.nbytes == start or other.offset == stop:
+                start, stop = min(start, other.offset), max(stop, other.offset + other.nbytes)
+                self._released.remove(other)
+        self._released.append(Extent(extent.volume, start, stop - start, again=True))
 
     def read(self, extent: Extent, tensor: Tensor, offset: int = 0, counters: Counters | None = None) -> Ticket:
         """Start to fill ``tensor`` from ``offset`` bytes into ``extent``; other threads count for themselves."""
@@ -257,6 +288,7 @@ class NvmeStore:
             for file in volume.files:
                 file.close()
         self.volumes.clear()
+        self._released.clear()
 
     @staticmethod
     def _check(extent: Extent, tensor: Tensor, offset: int) -> None:

@@ -10,6 +10,7 @@ is what a preallocated file reads as, so nothing is written for them at the star
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,7 +147,6 @@ class NvmeState:
         self._ring = ring
         self._counters = counters
         self._name = name
-        self.planes: tuple[str, ...] = ()
         self._set_planes(planes)
 
     @staticmethod
@@ -164,21 +164,30 @@ class NvmeState:
         """Number of tiles that the state is cut into."""
         return len(self._ranges)
 
-    def _set_planes(self, planes: tuple[str, ...]) -> None:
-        self.planes = _ordered(planes)
-        self._width = bytes_per_element(self.planes)
-        self._extent: Extent = self._store.allocate(self.numel * self._width, self._name)
-        self._ranges = tile_ranges(self.numel, self._ring.numel_of(self._width))
+    def _set_planes(self, planes: tuple[str, ...], *, again: bool = False) -> None:
+        planes = _ordered(planes)
+        width = bytes_per_element(planes)
+        ranges = tile_ranges(self.numel, self._ring.numel_of(width))
+        allocate = functools.partial(self._store.allocate, again=True) if again else self._store.allocate
+        extent: Extent = allocate(self.numel * width, self._name)
+        self.planes, self._width, self._ranges, self._extent = planes, width, ranges, extent
 
     def add_planes(self, planes: tuple[str, ...]) -> None:
-        """Keep these planes too, zeroed; the content of the others is carried over."""
-        old = self.planes
-        if set(planes) <= set(old):
+        """Keep these planes too, zeroed; the content of the others is carried over.
+
+        Where they were is given back, so nobody may still read the pieces that were there.
+        """
+        new = tuple(p for p in planes if p not in self.planes)
+        if not new:
             return
-        kept = {p: self.read(p) for p in old}
-        self._set_planes(old + tuple(p for p in planes if p not in old))
+        kept, before = {p: self.read(p) for p in self.planes}, self._extent
+        self._set_planes(self.planes + new, again=True)
         for plane, value in kept.items():
             self.write(plane, value)
+        if self._extent.again:
+            for plane in new:
+                self.write(plane, torch.zeros(self.numel, dtype=plane_dtype(plane)))
+        self._store.release(before)
 
     def cut_anew(self) -> None:
         """Have records as long as the staging ring's tiles are now; takes memory for all planes meanwhile."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from tiled_models import TILED
 
 from lightning_zinf.engine.engine import Engine
 from lightning_zinf.engine.placing import move
+from lightning_zinf.engine.snapshot import Snapshot
 from lightning_zinf.memory.planner import Plan, make_plan
 from lightning_zinf.memory.planner.decide import Tiles
 from lightning_zinf.memory.state import NvmeState
+from lightning_zinf.monitor.counters import Counters
 
 RECIPE = Recipe(steps=5)
 LARGEST = max(n for unit in buffer_sizes(ZOO["gpt"].make(), "bf16-mixed", ZOO["gpt"].units).values() for n, _ in unit)
@@ -197,3 +201,36 @@ def test_a_disk_without_room_leaves_all_where_it_is(tmp_path: Path, monkeypatch:
         assert running.engine.plan is before
         found = running.train(RECIPE.steps - 2).result()
     assert_same(found, train_paged(ZOO["gpt"], tmp_path / "there", first, "bf16-mixed", RECIPE))
+
+
+def test_room_of_planes_is_given_back_only_when_a_checkpoint_has_read_them(tmp_path: Path) -> None:
+    with session(ZOO["gpt"], tmp_path, Where("none", "nvme"), "bf16-mixed") as running:
+        running.train(1).engine.flush()
+        store = running.engine.context.nvme
+        buffer = max((b for u in running.engine.units for b in u.buffers), key=lambda b: b.shard_bytes)
+        state = buffer.state
+        assert isinstance(state, NvmeState)
+        expected = {plane: state.read(plane) for plane in state.planes}
+        found = {plane: torch.zeros_like(values) for plane, values in expected.items()}
+        snapshot, old = Snapshot([(buffer, dict.fromkeys(expected, 0))], 0, in_order=False), state._extent
+
+        def read() -> None:
+            while (work := snapshot.take()) is not None:
+                time.sleep(0.01)
+                piece = work.piece
+                assert piece.extent is not None
+                into = found[piece.plane][piece.start : piece.start + piece.numel]
+                store.read(piece.extent, into, piece.offset, Counters()).wait()
+                snapshot.done_with_source(work)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        snapshot.begin()
+        buffer.need_planes(("average",))
+        room = store.allocate(old.nbytes, again=True)
+        assert (room.volume, room.offset) == (old.volume, old.offset)
+        store.write(room, torch.full((room.nbytes,), 0xA5, dtype=torch.uint8)).wait()
+        reader.join()
+        for plane, values in expected.items():
+            assert torch.equal(found[plane], values), plane
+            assert torch.equal(state.read(plane), values), plane

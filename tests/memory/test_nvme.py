@@ -181,6 +181,23 @@ def test_what_was_reserved_is_used(tmp_path: Path) -> None:
     store.close()
 
 
+def test_room_that_is_given_back_is_joined_and_used_by_who_asks_for_it(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.reserve(6 * 4096)
+    extents = [store.allocate(4096) for _ in range(5)]
+    for number in (1, 3, 2):
+        store.release(extents[number])
+    assert store.allocated_bytes == 2 * 4096
+    last = store.allocate(4096)
+    assert (last.offset, last.again) == (5 * 4096, False)  # who has not asked for it reads zeros
+    parts = [store.allocate(n, again=True) for n in (8192, 1)]
+    assert [(e.offset, e.nbytes, e.again) for e in parts] == [(4096, 8192, True), (3 * 4096, 4096, True)]
+    assert len(store.volumes) == 1
+    assert not store.allocate(4096, again=True).again
+    assert len(store.volumes) == 2
+    store.close()
+
+
 def test_what_is_written_is_read_again_and_counted(tmp_path: Path) -> None:
     counters = Counters()
     store = NvmeStore(tmp_path, IO, counters)

@@ -117,6 +117,22 @@ def test_more_planes_start_as_zeros_and_keep_the_others(on_disk: bool) -> None:
         assert state.read("exp_avg").sum() > 0
 
 
+def test_more_planes_take_the_room_that_others_have_left() -> None:
+    with ring_and_store() as (ring, store, counters):
+        store.reserve(10 * 2 * TILE)
+        states = [NvmeState(TILE, ("residual",), store, ring, counters) for _ in range(10)]
+        for number, state in enumerate(states):
+            state.write("residual", torch.full((TILE,), number + 1, dtype=torch.int16))
+        for state in states:
+            state.add_planes(ALL)
+        assert store.allocated_bytes == sum(state.nbytes for state in states) == 10 * 10 * TILE
+        # Every five that have left are room for one: of the last five, one needs no new room.
+        assert sum(file.size for volume in store.volumes for file in volume.files) == (10 * 2 + 9 * 10) * TILE
+        for number, state in enumerate(states):
+            assert state.read("residual").eq(number + 1).all()
+            assert all(state.read(plane).eq(0).all() for plane in MOMENTS)
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_read_right_after_an_update_sees_it(ahead: bool) -> None:
     with ring_and_store(4) as (ring, store, counters):
