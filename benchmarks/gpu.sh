@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, within ten minutes: build the extension, run the tests marked `gpu`, time the tiers beside
-# the plain Trainer, FSDP2's offload and, where it is installed, DeepSpeed's.
+# the plain Trainer, FSDP2's offload and, where they are installed, DeepSpeed's and torchao's.
 #
 #   bash benchmarks/gpu.sh | tee benchmarks/results/gpu.txt
 #
@@ -27,6 +27,9 @@ others=()
 if python3 -c 'import deepspeed' 2> /dev/null; then
   cases+=("deepspeed cpu offload" "deepspeed nvme tuned")
   others=(--deepspeed python3)
+fi
+if python3 -c 'import torchao' 2> /dev/null; then
+  cases+=("torchao cpu offload")
 fi
 # 0.4 billion parameters, which the plain Trainer holds easily, then 1.2 billion.
 gpu=(--device cuda --precision bf16-mixed --rounds 1 --warmup 2 --vocab 32768 --seq 1024)

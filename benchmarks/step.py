@@ -28,6 +28,7 @@ from typing import Any
 
 import _deepspeed
 import _fsdp2
+import _torchao
 from _fio import Disk
 from _process import device_peak, disk_bytes, gpt, peak_rss, run_case, tokens
 
@@ -44,6 +45,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "zinf auto": {},
     "zinf ram beside fio": {"offload_params": "none", "offload_optimizer": "none"},
 }
+_OTHERS = (_deepspeed, _fsdp2, _torchao)
 _BUDGET = re.compile(r"zinf auto (\d+) MiB")
 BEFORE = ["plain", "zinf ram", "zinf state on nvme", "zinf all on nvme"]
 
@@ -147,7 +149,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--host-bytes", type=int, default=0, help="memory.host_bytes of the nvme cases; 0 = default")
     parser.add_argument("--nvme-path", default="")
-    parser.add_argument("--cases", nargs="+", default=BEFORE, choices=[*CASES, *_fsdp2.CASES, *_deepspeed.CASES])
+    parser.add_argument(
+        "--cases", nargs="+", default=BEFORE, choices=[*CASES, *(name for module in _OTHERS for name in module.CASES)]
+    )
     parser.add_argument("--budgets", nargs="+", type=int, default=[], help="MiB: also zinf auto with these host_bytes")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--deepspeed", default="", help="an interpreter that has DeepSpeed, for its cases")
@@ -156,7 +160,7 @@ def main() -> None:
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        kinds = {**dict.fromkeys(_deepspeed.CASES, _deepspeed.child), **dict.fromkeys(_fsdp2.CASES, _fsdp2.child)}
+        kinds = {name: module.child for module in _OTHERS for name in module.CASES}
         kinds.get(args.child, child)(args)
         return
     args.cases += [f"zinf auto {budget} MiB" for budget in args.budgets]
