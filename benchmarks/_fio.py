@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lightning_zinf.ops.io import File, IOEngine
-
 
 def fill(path: Path, nbytes: int, data: torch.Tensor) -> None:
     """Write a file with copies of ``data``, past the page cache."""
+    from lightning_zinf.ops.io import File, IOEngine  # not here, where DeepSpeed's interpreter imports this
+
     with IOEngine(backend="threads") as engine, File(path, nbytes, unlink=False) as file:
         for offset in range(0, nbytes, data.nbytes):
             engine.write(file, offset, data).wait()
