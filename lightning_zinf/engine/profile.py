@@ -91,6 +91,7 @@ class StepProfile:
         self._hooked, self._forward, self._before = hooked, True, None if hooked else self._used()
         self._anyhow = None
 
+    @torch._dynamo.disable  # type: ignore[misc,untyped-decorator,unused-ignore]  # else it traces the weak reference
     def saw(self, tensor: Tensor, *, away: bool) -> None:
         """Autograd saves a tensor that is no gathered weight; ``away`` if it is brought away."""
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
