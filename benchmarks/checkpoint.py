@@ -89,7 +89,7 @@ def trained(args: argparse.Namespace, folder: Path, tier: str) -> Ours:
     """Return an engine after one step, so that there are moments."""
     model = model_of(args)
     optimizer = torch.optim.AdamW(model.parameters())
-    config = PartitionConfig(torch.device("cpu"), "32-true", tier, tier, str(folder / "nvme"))  # type: ignore[arg-type]
+    config = PartitionConfig(torch.device("cpu"), "32-true", tier, tier, (str(folder / "nvme"),))  # type: ignore[arg-type]
     engine = partition(model, config, list(model.parameters()))
     ours = engine, OptimizerBinding(optimizer, engine), optimizer
     step_ours(ours, args.hidden)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,13 +69,19 @@ def _refuse_overlaps(root: nn.Module, trained: Collection[int]) -> None:
             start = param.data_ptr()
             spans.append((start, start + numel * param.element_size(), number, id(param) in trained))
     spans.sort()
-    for (_, end, number, learns), (start, _, other, also) in pairwise(spans):
-        if start < end and (learns or also):
+    # What reaches farthest so far, of all and of those that learn.
+    any_end, any_number, trained_end, trained_number = 0, 0, 0, 0
+    for start, end, number, learns in spans:
+        before, other = (any_end, any_number) if learns else (trained_end, trained_number)
+        if start < before:
             both = sorted((number, other))
             raise ValueError(
                 f"parameters {names[both[0]]!r} and {names[both[1]]!r} share memory, which would be trained apart: tie "
                 "them as one parameter (b.weight = a.weight), or give each a copy (.detach().clone())"
             )
+        any_end, any_number = max((any_end, any_number), (end, number))
+        if learns:
+            trained_end, trained_number = max((trained_end, trained_number), (end, number))
 
 
 @dataclass

@@ -93,7 +93,7 @@ def config_of(folder: Path, offload: str, budget: int = 4 * WEIGHT, **options: A
     memory = MemoryConfig(host_bytes=2 * budget)
     io = IOConfig(tile_numel=4096, threads=2, backend="threads")
     return PartitionConfig(
-        torch.device("cpu"), "32-true", offload, "cpu", str(folder / "nvme"), memory=memory, io=io, **options
+        torch.device("cpu"), "32-true", offload, "cpu", (str(folder / "nvme"),), memory=memory, io=io, **options
     )
 
 
@@ -296,7 +296,9 @@ def measure(rank: int, size: int, folder: Path, layers: int, width: int, offload
     """Build and partition a row of matrices; return what memory grew by at most until each was done, and the slots."""
     io = IOConfig(tile_numel=4096, threads=2, backend="threads")
     memory = MemoryConfig(device_bytes=4 * width * width * 4)
-    config = PartitionConfig(torch.device("cpu"), "32-true", offload, "cpu", str(folder / "nvme"), memory=memory, io=io)
+    config = PartitionConfig(
+        torch.device("cpu"), "32-true", offload, "cpu", (str(folder / "nvme"),), memory=memory, io=io
+    )
     ranks = ranks_of(None, PATIENCE, size)
     found: dict[str, int] = {}
     for count, side in ((4, 1100), (layers, width)):  # the first takes what imports and first calls take

@@ -48,7 +48,7 @@ def test_what_was_fetched_ahead_gives_way_before_a_budget_is_exceeded(where: Whe
 def test_too_small_a_budget_is_refused_with_the_numbers(aliased: bool, tmp_path: Path) -> None:
     model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(3)])
     memory = MemoryConfig(host_bytes=2**19, device_bytes=2**19)
-    config = PartitionConfig(CPU, "32-true", "nvme", "cpu", str(tmp_path), memory=memory, aliased=aliased)
+    config = PartitionConfig(CPU, "32-true", "nvme", "cpu", (str(tmp_path),), memory=memory, aliased=aliased)
     option = "memory.host_bytes" if aliased else "memory.device_bytes"
     with pytest.raises(ValueError, match=rf"needs 1\.00 MiB .* only (0\.\d\d) MiB are allowed by {option}"):
         partition(model, config)
@@ -61,7 +61,7 @@ def test_too_small_a_budget_is_refused_with_the_numbers(aliased: bool, tmp_path:
 def test_host_memory_too_small_for_the_largest_unit_is_refused(aliased: bool, tmp_path: Path) -> None:
     model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(3)])
     memory = MemoryConfig(host_bytes=2**19)
-    config = PartitionConfig(CPU, "32-true", "nvme", "cpu", str(tmp_path), memory=memory, aliased=aliased)
+    config = PartitionConfig(CPU, "32-true", "nvme", "cpu", (str(tmp_path),), memory=memory, aliased=aliased)
     with pytest.raises(ValueError, match=r"allowed by memory\.host_bytes"):
         partition(model, config)
 

@@ -24,7 +24,7 @@ BUDGET = 2 * WEIGHT
 def config_of(folder: Path, budget: int = BUDGET, offload: str = "nvme") -> PartitionConfig:
     memory = MemoryConfig(host_bytes=max(2 * budget, 8 * WEIGHT))
     return PartitionConfig(
-        CPU, "32-true", offload, "cpu", str(folder / "nvme"), memory=memory, io=IOConfig(tile_numel=4096)
+        CPU, "32-true", offload, "cpu", (str(folder / "nvme"),), memory=memory, io=IOConfig(tile_numel=4096)
     )
 
 

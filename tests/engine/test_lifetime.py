@@ -17,7 +17,7 @@ from lightning_zinf.optim.binding import OptimizerBinding
 def trained(tmp_path: Path, offload: str, precision: str) -> nn.Module:
     module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    config = PartitionConfig(torch.device("cpu"), precision, offload, offload, str(tmp_path))  # type: ignore[arg-type]
+    config = PartitionConfig(torch.device("cpu"), precision, offload, offload, (str(tmp_path),))  # type: ignore[arg-type]
     engine = partition(module, config, list(module.parameters()))
     OptimizerBinding(optimizer, engine)
     for _ in range(2):

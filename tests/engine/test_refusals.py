@@ -32,7 +32,7 @@ class OwnStep(torch.optim.AdamW):
 
 
 def config(folder: Path) -> PartitionConfig:
-    return PartitionConfig(CPU, "32-true", "nvme", "nvme", str(folder))
+    return PartitionConfig(CPU, "32-true", "nvme", "nvme", (str(folder),))
 
 
 def with_subclass() -> nn.Module:
@@ -45,6 +45,17 @@ def with_shared_memory() -> nn.Module:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2, bias=False))
     module[1].weight.data = module[0].weight.data[:2]
     return module
+
+
+def test_a_trained_part_of_frozen_memory(tmp_path: Path) -> None:
+    """Frozen views lie in a frozen whole, which is fine, and a trained one after them, which is not."""
+    whole = nn.Parameter(torch.zeros(12), requires_grad=False)
+    parts = [nn.Parameter(whole.data[i : i + 3], requires_grad=i == 6) for i in (0, 3, 6)]
+    module = nn.ParameterList([whole, *parts])
+    with pytest.raises(ValueError, match="'0' and '3' share memory"):
+        partition(module, config(tmp_path), [parts[-1]])
+    engine = partition(module, config(tmp_path), [])
+    engine.dissolve()
 
 
 @pytest.mark.parametrize(
