@@ -93,9 +93,14 @@ class FlatBuffer(Planes):
 
     # ------------------------------------------------------------------ loading
 
-    def start(self, *, force: bool) -> bool:
-        """Start to bring the weights; return False if there is no slot for them now and ``force`` is not set."""
-        if not self.weights.start(force=force, pending=bool(self.pending)):
+    def start(self, *, force: bool, patient: bool = True) -> bool:
+        """Start to bring the weights; return False if there is no slot for them now and ``force`` is not set.
+
+        Args:
+            force: Exceed a budget rather than return False.
+            patient: Wait for slots that are being written from, rather than return False.
+        """
+        if not self.weights.start(force=force, patient=patient, pending=bool(self.pending)):
             return False
         self.prefetch_state()
         return True

@@ -249,12 +249,12 @@ class Gatherer:
         """Start to fetch what the recorded order expects next; with ``wrap``, what the next step begins with too."""
         if not self._prefetch_on or not self._any_moves:
             return
+        with torch.inference_mode(False), torch.no_grad():
+            self._start_ahead(wrap=wrap)  # weights before state: they are less, and wanted sooner
         for unit in self.held:
             if unit.state is UnitState.LOADING:
                 unit.prefetch_state()
         self.prefetch_states()
-        with torch.inference_mode(False), torch.no_grad():
-            self._start_ahead(wrap=wrap)
 
     def before_backward(self, *, after_step: bool) -> None:
         """A backward begins: the disk has time to fetch state.
@@ -284,25 +284,33 @@ class Gatherer:
                 unit.prefetch_state()
         if self._backwards < self._expected_backwards:  # tiles have to be free for what the last one updates
             return
+        if any(u.state is UnitState.RELEASED for u in coming):  # its state is to come before that of the next forward
+            return
         left = (u for u in self._first if u.index not in self.early.updated)
         for unit in itertools.islice(left, STATES_AHEAD - len(coming)):
             unit.prefetch_state(before_step=True)
 
     def _start_ahead(self, *, wrap: bool) -> None:
-        """Start to load what the recorded order expects next, until no slot is free."""
+        """Start to load what the recorded order expects next, until no slot is free.
+
+        While something is on its way for what comes next, the computation does not wait for slots that are still being
+        written from: they are asked for again at the next unit.
+        """
+        under_way = any(u.state is UnitState.LOADING for u in self.held)
         for index in self.schedule.ahead(wrap=wrap):
             unit = self.units[index]
             if unit.state is not UnitState.RELEASED or not unit.moves:
                 continue
             started: list[FlatBuffer] = []
             for buffer in unit.buffers:
-                if not buffer.start(force=False):
+                if not buffer.start(force=False, patient=not under_way):
                     for other in started:
                         other.weights.leave()
                     return
                 started.append(buffer)
             unit.state = UnitState.LOADING
             self.held[unit] = None
+            under_way = True
 
     def release_idle(self) -> None:
         """Release every resident unit that no running frame needs."""

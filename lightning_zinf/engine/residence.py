@@ -136,9 +136,9 @@ class _Weights:
         else:
             self._tickets.append(self._context.nvme.read(self.extent, part))
 
-    def _acquire(self, *, force: bool) -> bool | None:
+    def _acquire(self, *, force: bool, patient: bool) -> bool | None:
         """Take a slot; return whether it still has the content, or None if none is free and ``force`` is not set."""
-        got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=force)
+        got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=force, patient=patient)
         if got is None:
             return None
         self.slot, hit = got
@@ -164,11 +164,11 @@ class AliasedWeights(_Weights):
         """Bytes of host memory that are taken for good."""
         return self._buffer.weight_bytes if self.persistent else 0 if self._home is None else self._home.nbytes
 
-    def start(self, *, force: bool, pending: bool) -> bool:
+    def start(self, *, force: bool, patient: bool, pending: bool) -> bool:
         """Start to bring the shard; return False if there is no slot for it now and ``force`` is not set."""
         if self.slot is not None:
             return True
-        hit = self._acquire(force=force)
+        hit = self._acquire(force=force, patient=patient)
         if hit is None:
             return False
         if hit and (self._context.comm is None or (self.whole and not pending)):
@@ -255,16 +255,16 @@ class DeviceWeights(_Weights):
         """Return where the shard is on the device."""
         return self.part() if self._home is None else self._home
 
-    def start(self, *, force: bool, pending: bool) -> bool:
+    def start(self, *, force: bool, patient: bool, pending: bool) -> bool:
         """Start to bring the shard; return False if there is no slot for it now and ``force`` is not set."""
         if self.slot is None:
-            hit = self._acquire(force=force)
+            hit = self._acquire(force=force, patient=patient)
             if hit is None:
                 return False
             self._stale = self._home is None and not hit
             if hit and not pending and self.whole:
                 self._context.counters.reused_bytes += self._buffer.weight_bytes
-        if (self._stale or pending) and not self._stage(read=True, force=force):
+        if (self._stale or pending) and not self._stage(read=True, force=force, patient=patient):
             self.leave()
             return False
         return True
@@ -327,11 +327,11 @@ class DeviceWeights(_Weights):
             self._context.ring.release(self.slot)
             self.slot = None
 
-    def _stage(self, *, read: bool, force: bool = True) -> bool:
+    def _stage(self, *, read: bool, force: bool = True, patient: bool = True) -> bool:
         """Have the shard in host memory; return False if there is no room for it now and ``force`` is not set."""
         if self._host_plane is not None or self.extent is None or self._staged is not None:
             return True
-        got = self._context.staging.acquire(self._buffer.shard_bytes, self._buffer, force=force)
+        got = self._context.staging.acquire(self._buffer.shard_bytes, self._buffer, force=force, patient=patient)
         if got is None:
             return False
         self._staged, hit = got

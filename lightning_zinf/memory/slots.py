@@ -118,12 +118,17 @@ class Slot:
         return use_count(self.memory) > self._baseline + expected
 
     @property
+    def written(self) -> bool:
+        """Whether nothing is being written from it."""
+        return all(ticket.done() for ticket in self.writes)
+
+    @property
     def at_rest(self) -> bool:
         """Whether nobody outside of the engine sees it and nothing is being written from it.
 
         What could not be written is not at rest: whoever waits for it is to be told.
         """
-        if not all(ticket.done() for ticket in self.writes) or any(failed(ticket) for ticket in self.writes):
+        if not self.written or any(failed(ticket) for ticket in self.writes):
             return False
         self.writes.clear()  # a request holds on to the memory until somebody waits for it
         return not self.visible
@@ -134,6 +139,10 @@ class Slot:
             with counters.timed("stall_write_seconds"):
                 writes, self.writes = self.writes, []
                 wait_all(writes)
+
+
+class _StillWritten(Exception):  # noqa: N818 (no error: who asks does not want to wait)
+    """The content of the slot that is next to go is being written."""
 
 
 class SlotRing:
@@ -164,13 +173,17 @@ class SlotRing:
         """Return the free slot that still has the content of ``holder``."""
         return next((s for s in self._slots if s.free and s.holder is holder), None)
 
-    def acquire(self, nbytes: int, holder: object, *, force: bool = False) -> tuple[Slot, bool] | None:
+    def acquire(
+        self, nbytes: int, holder: object, *, force: bool = False, patient: bool = True
+    ) -> tuple[Slot, bool] | None:
         """Take a slot of at least ``nbytes`` for ``holder``.
 
         Args:
             nbytes: Size needed.
             holder: Whose content it will have.
             force: Exceed the budget rather than return None.
+            patient: Wait until the content of the slot that is next to go has been written; else return None if it is
+                still being written. Taken is the same slot in either case, so runs stay alike.
 
         Returns:
             The slot and whether it still has the content of ``holder``; None if the budget is used up by slots in use.
@@ -181,9 +194,12 @@ class SlotRing:
         self._come_back()
         if found is not None:
             return found, True
-        slot = self._pick(nbytes)
-        if slot is None and self._make_room(nbytes):
-            slot = self._new(nbytes)
+        try:
+            slot = self._pick(nbytes, patient)
+            if slot is None and self._make_room(nbytes, patient):
+                slot = self._new(nbytes)
+        except _StillWritten:
+            return None
         if slot is None and force:
             slot = self._overcommit(nbytes)
         if slot is None:
@@ -228,7 +244,7 @@ class SlotRing:
             used = sum(s.nbytes for s in self._slots if not s.free)
             trace.level(self.name, used, self.total, self.budget)
 
-    def _pick(self, nbytes: int) -> Slot | None:
+    def _pick(self, nbytes: int, patient: bool) -> Slot | None:
         # A new slot is better than one with content somebody may come back for, as long as the budget lasts.
         if self.total + nbytes <= self._limit:
             try:
@@ -243,12 +259,12 @@ class SlotRing:
         if used + nbytes <= self.budget:  # no slot so large that what is in use exceeds the budget by that alone
             roof = min(roof, self.budget - used)
         for slot in [s for s in self._free() if nbytes <= s.nbytes <= roof]:
-            slot.wait_writes(self._counters)  # a request under way holds on to the memory too
+            self._rest(slot, patient)  # a request under way holds on to the memory too
             if not slot.visible:
                 return slot
         return None
 
-    def _make_room(self, nbytes: int) -> bool:
+    def _make_room(self, nbytes: int, patient: bool = True) -> bool:
         """Drop free slots, least recently used first, until ``nbytes`` more fit."""
         free = self._free()
         if nbytes and self.total - sum(s.nbytes for s in free) + nbytes > self._limit:
@@ -256,10 +272,16 @@ class SlotRing:
         for slot in free:
             if self.total + nbytes <= self._limit:
                 break
-            slot.wait_writes(self._counters)
+            self._rest(slot, patient)
             self._counters.orphaned_slots += slot.visible
             self._drop(slot)
         return True
+
+    def _rest(self, slot: Slot, patient: bool) -> None:
+        """Wait until nothing is being written from a slot."""
+        if not (patient or slot.written):
+            raise _StillWritten
+        slot.wait_writes(self._counters)
 
     def _come_back(self, nbytes: int = 0) -> None:
         """Give back what there is beyond the limit, as far as it is at rest.
