@@ -100,10 +100,7 @@ class FlatBuffer(Planes):
             force: Exceed a budget rather than return False.
             patient: Wait for slots that are being written from, rather than return False.
         """
-        if not self.weights.start(force=force, patient=patient, pending=bool(self.pending)):
-            return False
-        self.prefetch_state()
-        return True
+        return self.weights.start(force=force, patient=patient, pending=bool(self.pending))
 
     def prefetch_state(self, *, before_step: bool = False) -> None:
         """Start to fetch the state that updates need, as far as staging has room.

@@ -198,6 +198,7 @@ class Gatherer:
                 else:
                     buffer.start(force=True)
                     break
+            buffer.prefetch_state()
         unit.state = UnitState.LOADING
         self.held[unit] = None
 
@@ -251,10 +252,15 @@ class Gatherer:
             return
         with torch.inference_mode(False), torch.no_grad():
             self._start_ahead(wrap=wrap)  # weights before state: they are less, and wanted sooner
+        self.prefetch_states()
         for unit in self.held:
             if unit.state is UnitState.LOADING:
                 unit.prefetch_state()
-        self.prefetch_states()
+
+    def go_on(self) -> None:
+        """Go on fetching ahead, if slots had to be written first and are by now."""
+        if self.context.may_go_on:
+            self.prefetch()
 
     def before_backward(self, *, after_step: bool) -> None:
         """A backward begins: the disk has time to fetch state.
@@ -274,17 +280,16 @@ class Gatherer:
     def prefetch_states(self) -> None:
         """Start to fetch the state that updates want next: in this backward, then in the next forward.
 
-        Where weights are gathered for backward, the state that is wanted then comes with them.
+        State waits for the weights of its unit: backward wants those before.
         """
         if not self._prefetch_on or not self.early.running:
             return
         coming = list(itertools.islice(self.early.coming(), STATES_AHEAD))
         for unit in coming:
-            if unit.persistent:
-                unit.prefetch_state()
+            if unit.state is UnitState.RELEASED and not unit.persistent:
+                return
+            unit.prefetch_state()
         if self._backwards < self._expected_backwards:  # tiles have to be free for what the last one updates
-            return
-        if any(u.state is UnitState.RELEASED for u in coming):  # its state is to come before that of the next forward
             return
         left = (u for u in self._first if u.index not in self.early.updated)
         for unit in itertools.islice(left, STATES_AHEAD - len(coming)):
@@ -294,7 +299,7 @@ class Gatherer:
         """Start to load what the recorded order expects next, until no slot is free.
 
         While something is on its way for what comes next, the computation does not wait for slots that are still being
-        written from: they are asked for again at the next unit.
+        written from: they are asked for again when a gradient arrives, or at the next unit.
         """
         under_way = any(u.state is UnitState.LOADING for u in self.held)
         for index in self.schedule.ahead(wrap=wrap):

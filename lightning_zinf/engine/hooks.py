@@ -220,6 +220,7 @@ class Hooks(Frames):
         if not self.context.aliased:
             unit.buffers[key[0]].gradients.take(key[1])
         self.early.arrived(unit)
+        self.pager.go_on()
         unit.fired.add(key)
         if unit.fired >= unit.expected():
             unit.fired.clear()

@@ -168,6 +168,7 @@ class SlotRing:
         self._counters = counters
         self._slots: list[Slot] = []
         self._clock = 0  # counts releases
+        self._awaited: Slot | None = None
 
     def find(self, holder: object) -> Slot | None:
         """Return the free slot that still has the content of ``holder``."""
@@ -183,11 +184,12 @@ class SlotRing:
             holder: Whose content it will have.
             force: Exceed the budget rather than return None.
             patient: Wait until the content of the slot that is next to go has been written; else return None if it is
-                still being written. Taken is the same slot in either case, so runs stay alike.
+                still being written, see :attr:`may_go_on`. Taken is the same slot in either case, so runs stay alike.
 
         Returns:
             The slot and whether it still has the content of ``holder``; None if the budget is used up by slots in use.
         """
+        self._awaited = None
         found = self.find(holder)
         if found is not None:
             self._take(found, holder)
@@ -206,6 +208,11 @@ class SlotRing:
             return None
         slot.wait_writes(self._counters)
         return self._take(slot, holder), False
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether a slot was last refused because its content was being written, and that is done now."""
+        return self._awaited is not None and self._awaited.written
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; it keeps its content until somebody else needs it."""
@@ -280,6 +287,7 @@ class SlotRing:
     def _rest(self, slot: Slot, patient: bool) -> None:
         """Wait until nothing is being written from a slot."""
         if not (patient or slot.written):
+            self._awaited = slot
             raise _StillWritten
         slot.wait_writes(self._counters)
 

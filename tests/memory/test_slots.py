@@ -244,3 +244,31 @@ def test_whatever_happens_content_and_budget_are_kept(steps: list[tuple[int, int
         assert all(slot.memory.eq(owner).all() for owner, slot in in_use.items())
         assert ring.total == sum(s.nbytes for s in ring._slots) <= ring.peak
         assert ring.peak <= ring.budget or counters.overcommits > 0
+
+
+def test_who_does_not_want_to_wait_gets_the_same_slot_once_it_is_written() -> None:
+    ring, counters = ring_of(2)
+    first, second = taken(ring, "a"), taken(ring, "b")
+    write = Request()
+    first.writes.append(write)
+    ring.release(first)
+    ring.release(second)
+    assert ring.acquire(PAGE, "c", patient=False) is None  # and not the one that was used later
+    assert not ring.may_go_on
+    assert ring.acquire(PAGE, "b", patient=False) == (second, True)
+    assert ring.acquire(PAGE, "c", patient=False) is None
+    write.waits += 1  # it is done, and nobody has waited for it
+    assert ring.may_go_on
+    assert ring.acquire(PAGE, "c", patient=False) == (first, False)
+    assert not ring.may_go_on
+    assert counters.overcommits == 0
+
+
+def test_nothing_is_given_back_for_who_does_not_want_to_wait() -> None:
+    ring, _ = ring_of(2)
+    slot = taken(ring, "a")
+    slot.writes.append(Request())
+    ring.release(slot)
+    assert ring.acquire(2 * PAGE, "b", patient=False) is None
+    assert ring.total == PAGE
+    assert ring.acquire(PAGE, "a") == (slot, True)
