@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,13 @@ from lightning_zinf.config import Tier
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.activations import ActivationStore
 from lightning_zinf.memory.nvme import NvmeStore
+from lightning_zinf.memory.pool import LentBlocks
 from lightning_zinf.memory.slots import Slot, SlotRing
 from lightning_zinf.memory.state import NvmeState, ResidentState, State
 from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
 from lightning_zinf.ops import host_empty
-from lightning_zinf.ops.memory import pin
+from lightning_zinf.ops.memory import host_pinned
 
 
 class EngineContext:
@@ -66,6 +68,9 @@ class EngineContext:
         self.activations: ActivationStore | None = None
         self.spare_copies: list[Tensor] = []  # host memory that a snapshot used, for the next one
         self._scratch: dict[torch.dtype, Tensor] = {}
+        self.leaving_bytes = 0  # of what is copied from the device, as much as may be under way beside the newest
+        self._leaving: deque[tuple[Any, Tensor]] = deque()
+        self._lent = LentBlocks()
         self._layouts: dict[tuple[Any, ...], FlatLayout] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -189,8 +194,14 @@ class EngineContext:
     def close(self) -> None:
         """Finish what is under way and give everything back."""
         try:
-            self.drain()
+            try:
+                self.drain()
+            finally:
+                if self._copy_stream is not None:
+                    torch.cuda.synchronize(self.device)  # copies from and to memory that goes now
         finally:
+            self._leaving.clear()
+            self._lent.forget()
             if self._nvme is not None:
                 self._nvme.close()
             if self.activations is not None:
@@ -203,7 +214,7 @@ class EngineContext:
         """Return zeroed state of ``numel`` elements on ``tier``, of the buffer ``name``."""
         if tier == "nvme" and planes:
             return NvmeState(numel, planes, self.nvme, self.tiles, self.counters, f"{name}/state")
-        allocate = self.allocate_device if tier == "device" and not self.aliased else self.allocate_host
+        allocate = self.allocate_device if tier == "device" and not self.aliased else self.allocate_unpinned
         return ResidentState(numel, planes, allocate)
 
     # ------------------------------------------------------------------ memory
@@ -221,37 +232,58 @@ class EngineContext:
         self._scratch.clear()
 
     def allocate_host(self, nbytes: int) -> Tensor:
-        """Return ``nbytes`` of zeroed, page-aligned host memory, pinned if a CUDA device will copy from it."""
-        memory = host_empty(nbytes)
-        if self.device.type == "cuda":
-            pin(memory)
-        return memory
+        """Return ``nbytes`` of zeroed, page-aligned host memory, pinned if a CUDA device will copy from or to it."""
+        return host_pinned(nbytes) if self.device.type == "cuda" else host_empty(nbytes)
+
+    def allocate_unpinned(self, nbytes: int) -> Tensor:
+        """Return ``nbytes`` of zeroed, page-aligned host memory that only the host and the disk use."""
+        return host_empty(nbytes)
+
+    def lend_host(self, nbytes: int) -> Tensor:
+        """Return ``nbytes`` of host memory as :meth:`allocate_host` does, not zeroed, that comes and goes every step.
+
+        It may be lent to somebody else as soon as no tensor has it any more.
+        """
+        return self._lent.lend(nbytes, self.allocate_host)
 
     def allocate_device(self, nbytes: int) -> Tensor:
-        """Return ``nbytes`` of zeroed memory on the device."""
+        """Return ``nbytes`` of zeroed memory on the device.
+
+        Raises:
+            MemoryError: The device has not that much; the message has the numbers.
+        """
         if self.device.type == "cpu":
             return host_empty(nbytes)
-        # Slots must stay ordinary tensors: what is allocated under inference_mode would break the next fit.
-        with torch.inference_mode(False):
-            return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            # Slots must stay ordinary tensors: what is allocated under inference_mode would break the next fit.
+            with torch.inference_mode(False):
+                return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"{self.device} has no {nbytes} bytes left for weights and state that are to be there: allow less with "
+                f"memory.device_bytes, or keep activations elsewhere (activation_checkpointing, offload_activations). "
+                f"{error}"
+            ) from error
 
     # ------------------------------------------------------------------ copies (CUDA parts not verified on a GPU yet)
 
-    def upload(self, host: Tensor, slot: Slot, device: Tensor, name: str) -> None:
-        """Copy ``host`` to ``device``, which lies in ``slot``, after whoever used the slot before has finished.
+    def upload(self, host: Tensor, slot: Slot, device: Tensor, name: str) -> EventTicket | None:
+        """Copy ``host`` to ``device``, after whoever used that memory before has finished.
 
         Args:
             host: From where.
-            slot: The slot of ``device``.
+            slot: The slot that the weights are in, which ``device`` lies in as a rule.
             device: To where.
             name: What it is, for traces.
+
+        Returns:
+            A ticket to wait for before ``host`` is changed, or None if the copy is done.
         """
         self.counters.host_to_device_bytes += host.nbytes
         trace = self.counters.trace
         if trace is None:
-            self._upload(host, slot, device)
-        else:
-            trace.request("h2d", name, host.nbytes, functools.partial(self._upload, host, slot, device))
+            return self._upload(host, slot, device)
+        return trace.request("h2d", name, host.nbytes, functools.partial(self._upload, host, slot, device))
 
     def _upload(self, host: Tensor, slot: Slot, device: Tensor) -> EventTicket | None:
         with torch.no_grad():
@@ -259,21 +291,28 @@ class EngineContext:
                 device.copy_(host)
                 return None
             compute = torch.cuda.current_stream(self.device)
-            if slot.event is None:  # weights that stay in place: kernels of the last step may still read them
+            # The event tells when those are done that used the slot before it was given back. It says nothing of what
+            # was queued since then, nor of other memory.
+            event, slot.event = slot.event, None
+            if event is None or device.untyped_storage()._cdata != slot.memory.untyped_storage()._cdata:
                 self._copy_stream.wait_stream(compute)
             else:
-                self._copy_stream.wait_event(slot.event)
+                self._copy_stream.wait_event(event)
             with torch.cuda.stream(self._copy_stream):
                 device.copy_(host, non_blocking=True)
                 done = torch.cuda.Event()
                 done.record(self._copy_stream)
             compute.wait_event(done)
             ticket = EventTicket(done, host, host.nbytes)
+            slot.writes = [t for t in slot.writes if not (isinstance(t, EventTicket) and t.done())]
             slot.writes.append(ticket)
             return ticket
 
     def download(self, device: Tensor, host: Tensor, name: str) -> EventTicket | None:
-        """Copy ``device`` to ``host``, which is ``name``; return a ticket to wait for, or None if it is done."""
+        """Copy ``device`` to ``host``, which is ``name``; return a ticket to wait for, or None if it is done.
+
+        The caller need not keep ``device``, but must not change it before it has waited.
+        """
         self.counters.device_to_host_bytes += device.nbytes
         trace = self.counters.trace
         if trace is None:
@@ -290,8 +329,21 @@ class EngineContext:
                 host.copy_(device, non_blocking=True)
                 done = torch.cuda.Event()
                 done.record(self._copy_stream)
-            device.record_stream(self._copy_stream)
-            return EventTicket(done, device, device.nbytes)
+            self._keep_until(done, device)
+            return EventTicket(done, host, device.nbytes)
+
+    def _keep_until(self, done: Any, device: Tensor) -> None:
+        """Keep what is copied from the device until it has been copied, and wait where that gets too much.
+
+        (``record_stream`` would leave the memory to the allocator, which does not use it again before the host has
+        seen the copy end, and knows no bound.)
+        """
+        self._leaving.append((done, device))
+        nbytes = sum(tensor.nbytes for _, tensor in self._leaving)
+        while len(self._leaving) > 1 and (nbytes > self.leaving_bytes or self._leaving[0][0].query()):
+            event, tensor = self._leaving.popleft()
+            event.synchronize()
+            nbytes -= tensor.nbytes
 
     def mark_used(self, slot: Slot) -> None:
         """Note on the compute stream that whoever used ``slot`` is done with it."""
@@ -314,7 +366,7 @@ def _nobody(*_: Any) -> None:
 
 @dataclass
 class EventTicket:
-    """A copy on a CUDA stream; keeps its tensor alive until it is waited for."""
+    """A copy on a CUDA stream; keeps its host memory alive until it is waited for."""
 
     event: Any
     keep: Tensor | None = field(repr=False)

@@ -137,7 +137,7 @@ class WholeGradients:
             self._fold(index)
         if self._plane is None:
             nbytes = buffer.layout.padded_numel * grad.dtype.itemsize
-            self._plane = buffer.context.allocate_host(nbytes).view(grad.dtype)
+            self._plane = buffer.context.lend_host(nbytes).view(grad.dtype)
         start, numel = buffer.layout.offsets[index], buffer.layout.numels[index]
         host = self._plane[start : start + numel].view(buffer.layout.shapes[index])
         ticket = buffer.context.download(grad.detach(), host, f"{buffer.name}/gradient")

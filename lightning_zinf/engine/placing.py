@@ -88,7 +88,7 @@ def make_rings(config: PartitionConfig, context: EngineContext, decision: Decisi
             context.nvme.reserve(on_nvme)
         if not context.has_tiles:
             tiles = decision.tiles
-            ring = TileRing(tiles.count, tiles.numel, tiles.width, context.allocate_host, context.counters)
+            ring = TileRing(tiles.count, tiles.numel, tiles.width, context.allocate_unpinned, context.counters)
             context.install(tiles=ring)
     if decision.slots and not context.has_ring:
         context.install(ring=SlotRing(decision.slots, context.allocate_device, context.counters))

@@ -239,6 +239,7 @@ class DeviceWeights(_Weights):
         self._host_plane = host_plane
         self._staged: Slot | None = None
         self._stale = False
+        self._sent: Ticket | None = None  # the copy to the device that may still be reading the host's memory
 
     @property
     def host_bytes(self) -> int:
@@ -278,6 +279,9 @@ class DeviceWeights(_Weights):
         """Wait until updates can act on the shard."""
         if self._buffer.pending:
             self._stage(read=True)
+            if self._sent is not None:  # the update is about to change what it reads
+                self._sent.wait()
+                self._sent = None
         _wait_all(self._tickets, self._context.counters)
 
     def host(self) -> Tensor:
@@ -294,7 +298,7 @@ class DeviceWeights(_Weights):
         host = self.host()
         if (updated or self._stale) and host.data_ptr() != self._target().data_ptr():
             assert self.slot is not None
-            self._context.upload(host, self.slot, self._target(), self._buffer.name)
+            self._sent = self._context.upload(host, self.slot, self._target(), self._buffer.name)
             self._stale = False
         if updated:
             self.whole = self._context.comm is None

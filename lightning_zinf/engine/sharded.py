@@ -150,7 +150,7 @@ class ShardedGradients:
         buffer = self._buffer
         if buffer.context.aliased or buffer.on_device:
             return mean
-        host = buffer.context.allocate_host(mean.nbytes).view(torch.float32)
+        host = buffer.context.lend_host(mean.nbytes).view(torch.float32)
         ticket = buffer.context.download(mean, host, f"{buffer.name}/gradient")
         if ticket is not None:
             ticket.wait()

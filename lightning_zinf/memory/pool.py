@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from torch import Tensor
@@ -59,3 +60,39 @@ class BlockPool:
         """Wait for every copy from a free block."""
         for slot in self._free:
             slot.wait_writes(self._counters)
+
+
+_LOOKED_AT = 4
+
+
+class LentBlocks:
+    """Memory that is lent for as long as somebody sees it, and lent again after that.
+
+    What comes and goes in every step (gradients on their way to the update) finds the blocks of the step before, which
+    need not be pinned again. They are asked for in the order in which they were lent, so the oldest is free as a rule.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._blocks: dict[int, deque[Slot]] = {}
+
+    def lend(self, nbytes: int, allocate: Callable[[int], Tensor]) -> Tensor:
+        """Return a block of exactly ``nbytes``, with whatever content.
+
+        Args:
+            nbytes: Size.
+            allocate: Makes a ``uint8`` tensor of that many bytes, where no block is free.
+        """
+        blocks = self._blocks.setdefault(nbytes, deque())
+        for _ in range(min(_LOOKED_AT, len(blocks))):
+            blocks.rotate(-1)
+            if not blocks[-1].visible:
+                return blocks[-1].memory[:nbytes]
+        blocks.append(Slot(allocate(nbytes)))
+        self.total += nbytes
+        return blocks[-1].memory[:nbytes]
+
+    def forget(self) -> None:
+        """Let go of all blocks; those that somebody has stay his."""
+        self._blocks.clear()
+        self.total = 0

@@ -3,16 +3,27 @@
 Note. torch's allocator takes memory from malloc: not aligned for direct I/O, not sure to return to the system. A tensor
 from :func:`host_empty` owns a mapping of its own. It is an ordinary CPU tensor; the mapping goes when the last tensor
 that views it goes.
+
+Pinned memory has to be unpinned before its mapping goes: CUDA would go on to copy from and to the pages that were
+there, whatever is mapped at that address next. So memory from :func:`host_pinned` does that by itself. And it is left
+out of processes that are forked (the workers of a DataLoader), for which the kernel would have to copy every pinned
+page at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
+import sys
+import weakref
 from typing import Any
 
 import torch
 
-__all__ = ["host_empty", "is_pinned", "pin", "release_pages", "unpin"]
+__all__ = ["host_empty", "host_pinned", "is_pinned", "pin", "release_pages", "unpin"]
+
+_MADV_DONTFORK, _MADV_DOFORK = 10, 11
 
 _native: Any
 try:
@@ -45,6 +56,34 @@ def host_empty(nbytes: int, *, huge_pages: bool = True) -> torch.Tensor:
     return tensor
 
 
+def host_pinned(nbytes: int) -> torch.Tensor:
+    """Return host memory as :func:`host_empty` does, pinned for as long as a tensor has it.
+
+    Where there is no CUDA it is not pinned.
+
+    Args:
+        nbytes: Size in bytes.
+
+    Raises:
+        MemoryError: The system refuses that many bytes.
+        RuntimeError: CUDA refuses to pin them.
+    """
+    memory = host_empty(nbytes)
+    if not pin(memory):
+        return memory
+    whole = (ctypes.c_uint8 * nbytes).from_address(memory.data_ptr())
+    end = weakref.finalize(whole, _let_go, memory, torch.cuda.current_device(), os.getpid())
+    end.atexit = False  # CUDA is gone by then, or about to go
+    return torch.frombuffer(whole, dtype=torch.uint8)
+
+
+def _let_go(memory: torch.Tensor, device: int, process: int) -> None:
+    """Unpin memory that nobody has any more, on whatever thread the last tensor on it has gone."""
+    if process == os.getpid() and not sys.is_finalizing():
+        with torch.cuda.device(device):  # else a thread that has used no device yet would open a context on the first
+            unpin(memory)
+
+
 def release_pages(tensor: torch.Tensor) -> int:
     """Give the memory of the whole pages inside ``tensor`` back to the system, and return the bytes given back.
 
@@ -75,7 +114,8 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 def pin(tensor: torch.Tensor) -> bool:
     """Lock the memory of ``tensor`` for direct access by CUDA devices, so that copies run asynchronously.
 
-    The caller must :func:`unpin` before the last tensor on that memory goes.
+    The caller must :func:`unpin` before the last tensor on that memory goes; :func:`host_pinned` sees to that itself.
+    A child process that is forked does not have the memory.
 
     Returns:
         True if the memory is pinned now, False where there is no CUDA.
@@ -96,6 +136,7 @@ def pin(tensor: torch.Tensor) -> bool:
     if code != 0:
         raise RuntimeError(f"cudaHostRegister cannot pin {tensor.nbytes} bytes of host memory: {_describe(code)}")
     _pinned[tensor.data_ptr()] = tensor.nbytes
+    _advise(tensor, _MADV_DONTFORK)
     return True
 
 
@@ -110,6 +151,17 @@ def unpin(tensor: torch.Tensor) -> None:
     code = int(_cudart().cudaHostUnregister(tensor.data_ptr()))
     if code != 0:
         raise RuntimeError(f"cudaHostUnregister failed: {_describe(code)}")
+    _advise(tensor, _MADV_DOFORK)
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
+    """Give the kernel advice about the whole pages inside a tensor. It may decline: then a fork takes longer."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = -(-tensor.data_ptr() // page) * page
+    nbytes = (tensor.data_ptr() + tensor.nbytes - start) // page * page
+    if nbytes > 0:
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice)
 
 
 def _cudart() -> Any:

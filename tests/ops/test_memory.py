@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from lightning_zinf.ops import _fallback, memory
-from lightning_zinf.ops.memory import host_empty, is_pinned, pin, release_pages, unpin
+from lightning_zinf.ops.memory import host_empty, host_pinned, is_pinned, pin, release_pages, unpin
 
 MIB = 1 << 20
 
@@ -140,6 +142,46 @@ def test_pin_on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_pinned(tensor)
 
 
+def _flags(tensor: torch.Tensor) -> list[str]:
+    """What the kernel says of the mapping that a tensor begins."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.split("-")[0] == f"{tensor.data_ptr():x}":
+            found = True
+        elif found and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no mapping begins there")
+
+
+def test_pinned_memory_is_unpinned_before_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(memory, "_cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    devices: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(devices.append(device)))
+    whole = host_pinned(3 * MIB)
+    address = whole.data_ptr()
+    assert cuda.registered == {address: 3 * MIB}
+    assert address % 4096 == 0
+    assert not whole.any()
+    assert "dc" in _flags(whole)  # not in forked processes
+    part = whole[MIB:].view(torch.bfloat16)
+    del whole
+    part.fill_(1.0)
+    assert cuda.registered == {address: 3 * MIB}
+    del part
+    gc.collect()
+    assert cuda.registered == {}
+    assert devices == [3]
+    again = host_pinned(3 * MIB)  # as a rule at the same address
+    assert cuda.registered == {again.data_ptr(): 3 * MIB}
+    assert not again.any()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not is_pinned(host_pinned(MIB))
+    assert host_pinned(0).shape == (0,)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pin_on_a_device() -> None:
@@ -148,3 +190,19 @@ def test_pin_on_a_device() -> None:
     assert tensor.is_pinned()
     assert torch.equal(tensor.fill_(3).cuda(non_blocking=True).cpu(), tensor)
     unpin(tensor)
+    assert not tensor.is_pinned()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_memory_that_comes_and_goes_on_a_device() -> None:
+    """The next mapping at the same address is what is copied, not the pages that were there before."""
+    for value in range(1, 20):
+        tensor = host_pinned(8 * MIB)
+        assert tensor.is_pinned()
+        assert not tensor.any()
+        tensor.copy_(torch.full((8 * MIB,), value, dtype=torch.uint8, device="cuda"), non_blocking=True)
+        torch.cuda.synchronize()
+        assert bool((tensor == value).all())
+        assert bool((tensor.cuda(non_blocking=True) == value).all())
+        del tensor
