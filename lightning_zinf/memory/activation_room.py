@@ -26,7 +26,7 @@ from lightning_zinf.memory.extents import ExtentHeap, Room
 from lightning_zinf.memory.link import Copy, DeviceLink
 from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.pool import BlockPool
-from lightning_zinf.memory.slots import Slot, SlotRing, Ticket
+from lightning_zinf.memory.slots import Slot, SlotRing, Ticket, failed
 from lightning_zinf.monitor.counters import Counters
 
 NOWHERE = 1 << 62
@@ -47,6 +47,7 @@ class Record:
         self.read: Ticket | None = None
         self.copy: Copy | None = None  # on its way from the device
         self.device: Tensor | None = None
+        self.arrival: Copy | None = None  # what brings ``device``
         self.device_version = -1
         self.changed = False  # by its owner, while it was copied
         self.dead = False
@@ -179,7 +180,7 @@ class ActivationRoom:
             slot, record.slot = record.slot, None
             assert slot is not None
             self.staging.release(slot)
-        for slot in [s for s in self._loose if not s.visible]:
+        for slot in [s for s in self._loose if not _visible(s)]:
             self._loose.remove(slot)
             self._give_back(slot)
 
@@ -225,7 +226,7 @@ class ActivationRoom:
     def _bury(self, record: Record) -> None:
         del self._records[record.number]
         del self._numbers[bisect_left(self._numbers, record.number)]
-        record.dead, record.device = True, None
+        record.dead, record.device, record.arrival = True, None, None
         if record.copy is not None:
             return  # its slot is taken back when the copy has landed
         if record in self._ahead:
@@ -234,7 +235,7 @@ class ActivationRoom:
             slot, record.slot = record.slot, None
             self._lent.pop(record, None)
             self.staging.forget(slot)
-            if slot.visible:
+            if _visible(slot):
                 self._loose.append(slot)
             else:
                 self._give_back(slot)
@@ -267,6 +268,12 @@ class ActivationRoom:
             ticket.wait()
         except OSError as error:
             raise _explained(error, did) from error
+
+
+def _visible(slot: Slot) -> bool:
+    """Whether somebody outside still sees a slot's memory, or a copy to the device still reads it."""
+    slot.writes = [t for t in slot.writes if not t.done() or failed(t)]  # a request has hold of the memory it reads
+    return slot.visible
 
 
 def _explained(error: OSError, did: str) -> OSError:

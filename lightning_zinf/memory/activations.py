@@ -111,6 +111,8 @@ class ActivationStore(ActivationRoom):
                 found: Tensor | None = record.slot.memory[: record.numel]  # seen from here on, so nobody takes it
             else:
                 found = record.device
+                if record.arrival is not None:
+                    self._link.arrive(record.arrival)
             assert found is not None
             self._look_ahead(record)
             return found
@@ -174,10 +176,10 @@ class ActivationStore(ActivationRoom):
         slot = record.slot
         assert slot is not None
         assert self._link is not None
-        record.device, copy = self._link.up(slot.memory[: record.numel])
+        record.device, record.arrival = self._link.up(slot.memory[: record.numel])
         record.device_version = record.device._version
-        if copy is not None:
-            slot.writes.append(copy)
+        if record.arrival is not None:
+            slot.writes.append(record.arrival)
         if self.nvme is None:
             self._counters.activation_read_bytes += record.padded
         else:

@@ -5,7 +5,8 @@ Note [Streams of activations]
 Copies in either direction run on streams of their own, so that they overlap with compute and with each other. A copy
 to the host starts when the kernels that were queued before it have finished; it keeps its source until it is done,
 since the source may be freed or changed meanwhile. A copy to the device goes to fresh memory of the compute stream,
-so it too waits for what was queued there before (the memory may have been freed by it), and compute waits for the copy.
+so it too waits for what was queued there before (the memory may have been freed by it). Compute waits for it when it is
+about to use what comes (``arrive``), not before: what is copied ahead comes while it computes something else.
 
 The CUDA part has not run on a GPU yet; on a CPU the copies are done when the call returns.
 """
@@ -77,7 +78,10 @@ class DeviceLink:
         return Copy(done, (source, host), source.nbytes)
 
     def up(self, host: Tensor) -> tuple[Tensor, Copy | None]:
-        """Copy bytes to fresh memory on the device; return it, and the copy if the host's memory is still in use."""
+        """Copy bytes to fresh memory on the device; return it, and the copy if it is not done.
+
+        Whoever uses that memory has to have the copy :meth:`arrive` first.
+        """
         self._counters.host_to_device_bytes += host.nbytes
         target = torch.empty(host.numel(), dtype=torch.uint8, device=self._device)
         trace = self._counters.trace
@@ -94,6 +98,9 @@ class DeviceLink:
             target.copy_(host, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self._up_stream)
-        compute.wait_event(done)
         target.record_stream(self._up_stream)
         return Copy(done, (host,), host.nbytes)
+
+    def arrive(self, copy: Copy) -> None:
+        """Have what is computed from here on wait for a copy to the device."""
+        torch.cuda.current_stream(self._device).wait_event(copy.event)

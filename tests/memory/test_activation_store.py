@@ -58,7 +58,11 @@ class LaterLink(DeviceLink):
         return LaterCopy(source, host, self.noise)
 
     def up(self, host: Tensor) -> Any:
-        return host.clone(), LaterCopy(host.clone(), torch.empty_like(host), self.noise)
+        target = torch.full_like(host, 255)
+        return target, LaterCopy(host, target, self.noise)
+
+    def arrive(self, copy: Any) -> None:
+        copy.wait()
 
 
 class Slow:
@@ -282,3 +286,13 @@ def test_after_close_it_says_so(tmp_path: Path) -> None:
         handle = put(store, content(0, 10))
     with pytest.raises(RuntimeError, match="before the model was given back"):
         store.get(handle)
+
+
+def test_memory_is_used_again_when_copies_to_the_device_are_done() -> None:
+    with store_of("host-later-device", ".", 1 << 20) as (store, _):
+        for step in range(5):
+            saved = [put(store, content(number, 8192)) for number in range(4)]
+            for number in reversed(range(4)):
+                assert torch.equal(store.get(saved.pop()), content(number, 8192))
+            store.end_of_backward()
+            assert store.staging.total <= 8 * 8192, step
