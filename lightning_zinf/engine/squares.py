@@ -25,6 +25,9 @@ from lightning_zinf.monitor.counters import Counters
 from lightning_zinf.monitor.trace import span
 from lightning_zinf.ops import squared_norms
 
+_SLICE = 1 << 22
+"""Elements whose float64 copies are on an accelerator at a time."""
+
 
 class Squares:
     """Sums of squares of the gradients of one buffer that are known already.
@@ -69,5 +72,21 @@ class Squares:
 
 
 def sums_of_squares(grads: list[Tensor]) -> list[float]:
-    """Return the sum of squares of each gradient: contiguous, in host memory, float32, bfloat16 or float16."""
-    return squared_norms([g.float() if g.dtype == torch.float16 else g for g in grads])
+    """Return the sum of squares of each gradient: contiguous, float32, bfloat16 or float16.
+
+    Those on an accelerator are summed there, in float64 as the kernel does, but in another order. So the norm may
+    differ in the last of its 53 bits from what it would be had they gone to host memory; the clip factor has 24.
+    """
+    on_host = [g for g in grads if g.is_cpu]
+    found = iter(squared_norms([g.float() if g.dtype == torch.float16 else g for g in on_host]))
+    away = iter(_sums_on_device([g for g in grads if not g.is_cpu]))
+    return [next(found) if g.is_cpu else next(away) for g in grads]
+
+
+def _sums_on_device(grads: list[Tensor]) -> list[float]:
+    """Return the sum of squares of each tensor on an accelerator, for which the host waits once."""
+    if not grads:
+        return []
+    parts = [[part.double().square_().sum() for part in g.reshape(-1).split(_SLICE)] for g in grads]
+    values = iter(torch.stack([part for own in parts for part in own]).tolist())
+    return [sum((next(values) for _ in own), 0.0) for own in parts]

@@ -267,7 +267,7 @@ class NvmeState:
 
     def write(self, plane: str, value: Tensor) -> None:
         """Replace the content of a whole plane."""
-        with self._pieces(plane, value.contiguous()) as pieces:
+        with self._pieces(plane, value.cpu().contiguous()) as pieces:
             tickets = [self._store.write(self._extent, piece, offset) for piece, offset in pieces]
         with self._counters.timed("stall_write_seconds"):
             wait_all(tickets)

@@ -5,6 +5,7 @@ formula rounds where ``torch.optim.Adam`` and ``AdamW`` (``foreach=False``, ``fu
 fma) round. Two operations are not left to the backend. A fused multiply-add is emulated in float64, where the product
 of two float32 is exact: the sum is rounded to odd, after which rounding to float32 is correct. The square root goes
 through float64 for the correctly rounded result, which the vector math library of torch's x86 builds does not give.
+And what is divided by is a tensor, since torch's CUDA kernel multiplies by the reciprocal of a number.
 ``squared_norm`` sums in another order than the kernel and differs from it in the last bits.
 """
 
@@ -141,7 +142,7 @@ def _adam(p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, g: torch.Tensor, ro
     else:
         m.copy_(_fma(array("f", (one_minus_beta1 - 1,))[0], g - m, g))
     v.copy_(_fma(g * one_minus_beta2, g, v * beta2))
-    denom = v.double().sqrt().float().div_(bias2_sqrt).add_(eps)
+    denom = v.double().sqrt().float().div_(torch.full_like(v, bias2_sqrt)).add_(eps)
     p.add_((m * neg_step_size).div_(denom))
     for plane in (p, m, v):
         plane.masked_fill_(plane.isnan(), float("nan"))

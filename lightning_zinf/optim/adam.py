@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_zinf.engine.gradients import Piece
 from lightning_zinf.memory.state import Record
-from lightning_zinf.ops import AdamHyper, Segment, adam_update, reference
+from lightning_zinf.ops import AdamHyper, Segment, adam_update, cuda
 from lightning_zinf.optim.update import Group, Rule, Update
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class AdamUpdate(Update):
         if not segments:
             return
         master = record.planes.get("master")
-        (adam_update if weight.is_cpu else reference.adam_update)(
+        (adam_update if weight.is_cpu else cuda.adam_update)(
             weight if master is None else master,
             record.planes.get("residual"),
             record.planes["exp_avg"],
