@@ -132,10 +132,12 @@ def convert_all_but_managed(root: nn.Module, dtype: torch.dtype) -> None:
     for param in root.parameters():
         if owner_of(param) is None and param.dtype.is_floating_point:
             param.data = param.data.to(dtype)
+    for module in filter(_is_lightning_module, root.modules()):
+        module._dtype = dtype  # type: ignore[assignment]  # which LightningModule.dtype is
 
 
 def move_all_but_parameters(root: nn.Module, device: torch.device) -> None:
-    """Move buffers and torchmetrics, but no parameter, to ``device``.
+    """Move buffers and torchmetrics, but no parameter, to ``device``, which ``LightningModule.device`` is from then on.
 
     ``root.to(device)`` would materialise every paged parameter.
 
@@ -154,6 +156,12 @@ def move_all_but_parameters(root: nn.Module, device: torch.device) -> None:
         if isinstance(module, Metric):
             with _parameters_hidden(module):
                 module.to(device)
+        elif _is_lightning_module(module):
+            module._device = device  # type: ignore[assignment]  # what .to(device) would have noted
+
+
+def _is_lightning_module(module: nn.Module) -> bool:
+    return any(kind.__name__ == "_DeviceDtypeModuleMixin" for kind in type(module).__mro__)
 
 
 @contextmanager

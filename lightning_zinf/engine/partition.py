@@ -87,7 +87,7 @@ def partition(
     trained_ids = {id(p) for p in trained}
     check_parameters(root, trained_ids)
     counters = Counters()
-    comm = None if ranks is None or ranks.world_size == 1 else Collectives(ranks, counters)
+    comm = None if needs_no_others(ranks) or ranks is None else Collectives(ranks, counters)
     pagers = [] if ranks is None else [pager for pager in pagers_with_pages() if pager.join(ranks).compare(root)]
     free = _free_everywhere(config.device, comm, stack_bytes(config.io.threads * len(config.nvme_paths)))
     cpu = config.device.type == "cpu" if config.aliased is None else config.aliased
@@ -102,8 +102,10 @@ def partition(
     # Copies of the model on other ranks, which the plan of one does not have, have to add up their gradients.
     plan = make_plan(model, machine, options, spills=None if comm is None else False)
     _refuse_what_does_not_fit(plan, present, training=bool(trained_ids))
+    _move_others(root, {id(p) for d in drafts for p in d.params} | {id(t.param) for t in tiled}, config.device)
     decision = plan.decision
     context = EngineContext(config.device, counters, config.aliased, comm, config.stage)
+    context.leaving_bytes = plan.size.largest_unit  # so many gradients the plan counts on the device
     builder = _Builder(config, context, decision, drafts, tiled)
     try:
         builder.install()
@@ -125,6 +127,11 @@ def partition(
     engine.given_back = present if cpu else 0
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
+
+
+def needs_no_others(ranks: Ranks | None) -> bool:
+    """Whether this rank trains the model alone."""
+    return ranks is None or ranks.world_size == 1
 
 
 def _tiled(root: nn.Module, config: PartitionConfig, free: _Free, aliased: bool) -> list[TiledParameter]:
@@ -176,6 +183,13 @@ def _machine(config: PartitionConfig, free: _Free, comm: Collectives | None, *, 
     paths = config.nvme_paths  # striped evenly, so the fullest limits
     disk = len(paths) * min(map(free_disk_bytes, paths)) // (1 if comm is None else comm.ranks.local_size) * local
     return Machine("this machine", on_device, free.host * local, disk, Rates(), local, ranks // local, aliased)
+
+
+def _move_others(root: nn.Module, managed: set[int], device: torch.device) -> None:
+    """Move the parameters to the device that no buffer has: those of dtypes that are not trained."""
+    for param in root.parameters():
+        if id(param) not in managed and not isinstance(param, paging.Released):
+            param.data = param.data.to(device)
 
 
 def _present_bytes(root: nn.Module, device: torch.device) -> int:

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 from lightning_cases import PLACES, Net, assert_close, assert_same, loader, net, trainer, weights
 from torch import Tensor
 
+from lightning_zinf import _compat
 from lightning_zinf.lightning import ZinfPrecision
 
 EVERY_PLACE = pytest.mark.parametrize("place", PLACES)
@@ -235,3 +236,14 @@ def test_bf16_true(tmp_path: Path, place: str) -> None:
     for name, value in full.items():
         moved = (value - start[name]).norm()
         assert (ours[name].float() - value).norm() <= 0.2 * moved, name
+
+
+def test_module_knows_its_device_and_dtype() -> None:
+    """What a step makes with ``device=self.device`` is where compute is, though parameters are moved by the engine."""
+    outer, inner = pl.LightningModule(), pl.LightningModule()
+    outer.inner, outer.linear = inner, torch.nn.Linear(2, 2)  # type: ignore[assignment]
+    _compat.move_all_but_parameters(outer, torch.device("meta"))
+    assert outer.device == inner.device == torch.device("meta")
+    assert outer.linear.weight.device.type == "cpu"
+    _compat.convert_all_but_managed(outer, torch.bfloat16)
+    assert outer.dtype is inner.dtype is torch.bfloat16
