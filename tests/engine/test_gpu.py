@@ -6,6 +6,8 @@ there: this file passes with ``DEVICE`` set to the CPU.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -23,13 +25,19 @@ from torch import nn
 
 import lightning_zinf
 from lightning_zinf.checkpoint.full import full_state_dict
-from lightning_zinf.comm.group import Ranks, ranks_of
+from lightning_zinf.comm.group import Collectives, Ranks, Reduction, ranks_of
+from lightning_zinf.engine import partition as partitioning
+from lightning_zinf.engine.squares import sums_of_squares
+from lightning_zinf.monitor.counters import Counters
+from lightning_zinf.ops import AdamHyper, Segment, adam_update, reference, split_master
 
 DEVICE = torch.device("cuda", 0)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available() and DEVICE.type == "cuda", reason="needs a CUDA device"),
 ]
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
 
 HOST = Where("none", "cpu")
 PLACES = [
@@ -45,10 +53,9 @@ MODELS = ["mlp", "gpt", "gpt-recompute", "cnn", "lstm", "mixture", "frozen", "en
 
 
 @pytest.fixture(autouse=True)
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have CUDA's kernels give the same bits each time."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+def deterministic() -> Iterator[None]:
+    """Have CUDA's kernels give the same bits each time, as far as there are such; bits are compared anyway."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -81,23 +88,79 @@ def test_activations(recompute: bool, activations: Any, tmp_path: Path) -> None:
     assert_same(train("gpt", tmp_path, where, "bf16-mixed", Recipe()), expected)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_one_rank_of_a_process_group(precision: str, tmp_path: Path) -> None:
-    """Collectives of NCCL, of one rank, in every stage."""
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_on_the_device_has_the_bits_of_the_kernel(dtype: torch.dtype, decoupled: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    numel = 3 * 2**20 + 5
+    master, grad = torch.randn(numel, generator=draw), torch.randn(numel, generator=draw).to(dtype)
+    weight, residual = torch.empty(numel, dtype=torch.bfloat16), torch.empty(numel, dtype=torch.int16)
+    split_master(master, weight, residual)
+    here = [weight, residual, torch.zeros(numel), torch.zeros(numel)]
+    there = [plane.to(DEVICE) for plane in here]
+    for step in (1, 2, 1000):
+        hyper = [AdamHyper(1e-3, 0.9, 0.999, 1e-8, 0.1, step, decoupled)]
+        adam_update(*here, [Segment(0, grad, 0)], hyper, grad_scale=0.3, clip_value=0.7)
+        reference.adam_update(*there, [Segment(0, grad.to(DEVICE), 0)], hyper, grad_scale=0.3, clip_value=0.7)
+        for name, ours, theirs in zip(("weight", "residual", "exp_avg", "exp_avg_sq"), there, here, strict=True):
+            assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8)), f"{name} in step {step}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_on_the_device(dtype: torch.dtype) -> None:
+    grads = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 0, 1000, 5 * 2**20)]
+    found = sums_of_squares([g.to(DEVICE) for g in grads])
+    for ours, theirs, grad in zip(found, sums_of_squares(grads), grads, strict=True):
+        assert (
+            abs(ours - theirs) <= 2 * grad.numel() * 2.0**-53 * theirs
+        )  # squares are exact, sums round once an element
+
+
+@pytest.fixture
+def alone() -> Iterator[Ranks]:
+    """A process group of one rank."""
     backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        ranks = ranks_of(None, timedelta(seconds=60))
-        expected = train("gpt", tmp_path, HOST, precision, Recipe())
-        for stage in (1, 2, 3):
-            for where in [HOST, *PLACES[:2], *(PLACES[2:5] if stage == 3 else [])]:
-                with session(
-                    ZOO["gpt"], tmp_path, where, precision, Recipe(), ranks=ranks, stage=stage, device=DEVICE
-                ) as running:
-                    assert_same(running.train().result(), expected)
+        yield ranks_of(None, timedelta(seconds=60))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_one_rank_of_a_process_group(
+    precision: str, alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of several ranks with one, in every stage: rounds, gathers by NCCL, shards that are the whole."""
+    expected = train("gpt", tmp_path, HOST, precision, Recipe())
+    monkeypatch.setattr(partitioning, "needs_no_others", lambda ranks: ranks is None)
+    for stage in (1, 2, 3):
+        for where in [HOST, *PLACES[:2], *(PLACES[2:5] if stage == 3 else [])]:
+            with session(
+                ZOO["gpt"], tmp_path, where, precision, Recipe(), ranks=alone, stage=stage, device=DEVICE
+            ) as running:
+                assert running.engine.reducer is not None
+                assert_same(running.train().result(), expected)
+                assert running.engine.counters.all_gather_bytes > 0
+
+
+def test_collectives_are_done_when_they_say_so(alone: Ranks) -> None:
+    comm = Collectives(alone, Counters())
+    shard = torch.arange(2**22, device=DEVICE).to(torch.bfloat16)
+    whole = torch.zeros_like(shard)
+    comm.all_gather(whole, shard, "test").wait()
+    assert torch.equal(whole, shard)
+    comm.broadcast(whole)
+    received = torch.empty_like(whole)
+    work = dist.all_to_all_single(received, whole, group=alone.reduce_group, async_op=True)
+    reduction = Reduction(comm, whole, received, work)
+    while not reduction.arrived():
+        time.sleep(0.001)
+    assert torch.equal(reduction.mean(), shard.float())
+    on_host = torch.zeros(16, dtype=torch.uint8)
+    comm.all_gather(on_host, torch.arange(16, dtype=torch.uint8), "planes in host memory go by gloo").wait()
+    assert torch.equal(on_host, torch.arange(16, dtype=torch.uint8))
 
 
 class Net(pl.LightningModule):

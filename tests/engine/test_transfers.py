@@ -1,0 +1,117 @@
+"""Copies to and from a device that take their time: what they read stays, and what they keep is let go."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from driver import Where, session
+from models import ZOO
+from oracle import Recipe, assert_same
+from torch import Tensor
+
+from lightning_zinf.engine import squares
+from lightning_zinf.engine.context import EngineContext
+from lightning_zinf.memory.slots import Slot
+from lightning_zinf.monitor.counters import Counters
+
+
+class Upload:
+    """A copy that may read its source until it is waited for."""
+
+    def __init__(self, host: Tensor) -> None:
+        self._host, self._content, self.changed = host, host.clone(), False
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.changed = self.changed or not torch.equal(self._host, self._content)
+        self._host = self._content
+        return self._content.nbytes
+
+    def done(self) -> bool:
+        return self._host is self._content
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        Where("cpu", "cpu", aliased=False),
+        Where("none", "cpu", aliased=False),
+        Where("nvme", "nvme", aliased=False, tight=True),
+        Where("nvme", "nvme", aliased=False, early=True),
+    ],
+    ids=str,
+)
+def test_the_host_changes_no_weights_that_are_on_their_way(
+    where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[Upload] = []
+
+    def slow(self: EngineContext, host: Tensor, slot: Slot, device: Tensor) -> Any:
+        device.copy_(host)
+        uploads.append(Upload(host))
+        slot.writes.append(uploads[-1])
+        return uploads[-1]
+
+    recipe = Recipe(clip_norm=None if where.early else 1.0, steps=4)
+    with session(ZOO["gpt"], tmp_path / "expected", where, "bf16-mixed", recipe) as it:
+        expected = it.train().result()
+    monkeypatch.setattr(EngineContext, "_upload", slow)
+    with session(ZOO["gpt"], tmp_path / "slow", where, "bf16-mixed", recipe) as it:
+        found = it.train().result()
+    assert_same(found, expected)
+    for upload in uploads:
+        upload.wait()
+    assert len(uploads) > recipe.steps
+    assert not any(upload.changed for upload in uploads)
+
+
+class Event:
+    """A copy under way, until the host waits for it."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def query(self) -> bool:
+        return self.over
+
+    def synchronize(self) -> None:
+        self.over = True
+
+
+def test_what_leaves_the_device_is_kept_within_a_bound() -> None:
+    context = EngineContext(torch.device("cpu"), Counters(), aliased=False)
+    context.leaving_bytes = 100
+    events = [Event() for _ in range(6)]
+    for event, nbytes in zip(events, (40, 50, 30, 300, 10, 10), strict=True):
+        context._keep_until(event, torch.empty(nbytes, dtype=torch.uint8))
+        under_way = [t.nbytes for e, t in context._leaving if not e.over]
+        assert sum(under_way) <= 100 or under_way == [nbytes]
+    assert [event.over for event in events] == [True, True, True, True, False, False]
+    events[4].over = True  # by itself
+    context._keep_until(Event(), torch.empty(1, dtype=torch.uint8))
+    assert next(e for e, _ in context._leaving) is events[5]
+
+
+def test_memory_of_gradients_is_that_of_the_step_before(tmp_path: Path) -> None:
+    for where in (Where("cpu", "cpu", aliased=False), Where("nvme", "nvme", aliased=False, early=True)):
+        recipe = Recipe(clip_norm=None if where.early else 1.0, steps=6)
+        with session(ZOO["gpt"], tmp_path, where, "bf16-mixed", recipe) as it:
+            it.train(3)
+            before = it.engine.context._lent.total
+            assert 0 < before <= sum(b.weight_bytes for u in it.engine.units for b in u.buffers)
+            it.train(3)
+            assert it.engine.context._lent.total == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_of_squares_on_a_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(squares, "_SLICE", 1000)
+    draw = torch.Generator().manual_seed(0)
+    grads = [torch.randn(shape, generator=draw).to(dtype) for shape in ((3, 700), (0,), (1,), (999,), (40, 40))]
+    for found, grad in zip(squares._sums_on_device(grads), grads, strict=True):
+        exact = math.fsum(float(x) ** 2 for x in grad.flatten())  # squares of so few bits are exact in float64
+        assert abs(found - exact) <= grad.numel() * 2.0**-53 * exact
+    assert squares._sums_on_device([]) == []
