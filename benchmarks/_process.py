@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from _gpu_profile import StepOnGpu
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +48,31 @@ def gpt(args: Namespace) -> torch.nn.Module:
     from model import GPT
 
     torch.manual_seed(0)
-    return GPT(args.vocab, args.seq, args.hidden, args.layers, max(1, args.hidden // 64))
+    with quick_init() if args.quick_init else contextlib.nullcontext():
+        return GPT(args.vocab, args.seq, args.hidden, args.layers, max(1, args.hidden // 64))
+
+
+@contextlib.contextmanager
+def quick_init() -> Iterator[None]:
+    """Let random numbers of weights be one pattern repeated, at the speed of memory."""
+    import torch
+
+    pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+
+    def fill(self: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        with torch.no_grad():
+            for part in self.view(-1).split(pattern.numel()):
+                part.copy_(pattern[: part.numel()])
+        return self
+
+    kept = {name: getattr(torch.Tensor, name) for name in ("normal_", "uniform_")}
+    try:
+        for name in kept:
+            setattr(torch.Tensor, name, fill)
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(torch.Tensor, name, method)
 
 
 def tokens(args: Namespace) -> torch.Tensor:
@@ -59,7 +85,10 @@ def tokens(args: Namespace) -> torch.Tensor:
 
 
 def train(args: Namespace, step: Callable[[torch.Tensor], Any]) -> dict[str, float]:
-    """Take all steps; return their median time and the bytes that this process moved from and to disks in each."""
+    """Take all steps; return their median time and the bytes that this process moved from and to disks in each.
+
+    With ``--profile`` one more step follows, which tells what the GPU does.
+    """
     import torch
 
     data = tokens(args)
@@ -76,7 +105,13 @@ def train(args: Namespace, step: Callable[[torch.Tensor], Any]) -> dict[str, flo
         times.append(time.perf_counter() - start)
     read, written = (b - a for a, b in zip(moved, disk_bytes(), strict=True))
     report = {"step": statistics.median(times[args.warmup :])}
-    return report | {"nvme_read_bytes": read / args.steps, "nvme_write_bytes": written / args.steps}
+    report |= {"nvme_read_bytes": read / args.steps, "nvme_write_bytes": written / args.steps}
+    if args.profile:
+        batch = data[-args.batch :].to(args.device)
+        watch = StepOnGpu()
+        step(batch)
+        report |= watch.report()
+    return report
 
 
 def disk_bytes(process: int | str = "self") -> tuple[int, int]:

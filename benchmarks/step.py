@@ -30,6 +30,7 @@ import _deepspeed
 import _fsdp2
 import _torchao
 from _fio import Disk
+from _gpu_profile import StepOnGpu
 from _process import device_peak, disk_bytes, gpt, peak_rss, run_case, tokens
 
 _ALL_NVME = {"offload_params": "nvme", "offload_optimizer": "nvme"}
@@ -82,6 +83,8 @@ def child(args: argparse.Namespace) -> None:
         def __init__(self) -> None:
             self.times: list[float] = []
             self.counts: list[dict[str, float]] = []
+            self.watch: StepOnGpu | None = None
+            self.gpu: dict[str, float] = {}
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if args.device == "cuda":
@@ -92,6 +95,12 @@ def child(args: argparse.Namespace) -> None:
             if args.beside:
                 moved = zip(("nvme_read_bytes", "nvme_write_bytes"), disk_bytes(args.beside), strict=True)
                 self.counts[-1].update(moved)
+            if args.profile and len(self.times) > args.steps + args.warmup:  # the last one, which is not timed
+                self.watch = StepOnGpu()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.watch is not None:
+                self.gpu, self.watch = self.watch.report(), None
 
     baseline = peak_rss(reset=True)
     loader = torch.utils.data.DataLoader(tokens(args), batch_size=args.batch)  # type: ignore[arg-type,var-annotated]
@@ -101,6 +110,7 @@ def child(args: argparse.Namespace) -> None:
 
         memory = MemoryConfig(host_bytes=host_bytes or None)
         options = {**case, "overlap": OverlapConfig(**case.get("overlap", {}))}
+        options.update(activation_checkpointing=args.recompute)
         strategy = ZinfStrategy(nvme_path=args.nvme_path, memory=memory, **options)
     clock = Clock()
     trainer = pl.Trainer(
@@ -119,6 +129,7 @@ def child(args: argparse.Namespace) -> None:
     trainer.fit(Module(), loader)
     times = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)][args.warmup :]
     report = {"step": statistics.median(times), "peak": peak_rss() - baseline, "device_peak": device_peak(args)}
+    report |= clock.gpu
     if case is not None:
         first, last = clock.counts[args.warmup], clock.counts[-1]
         for name in (
@@ -156,6 +167,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--deepspeed", default="", help="an interpreter that has DeepSpeed, for its cases")
     parser.add_argument("--json", default="", help="write the results to this file")
+    parser.add_argument("--recompute", action="store_true", help="zinf computes blocks again in backward")
+    parser.add_argument("--quick-init", action="store_true", help="weights that cost little time to draw")
+    parser.add_argument("--profile", action="store_true", help="on CUDA, one more step that tells what the GPU does")
     parser.add_argument("--beside", default="", help=argparse.SUPPRESS)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
