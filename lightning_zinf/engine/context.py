@@ -340,16 +340,23 @@ class EngineContext:
         """
         self._leaving.append((done, device))
         nbytes = sum(tensor.nbytes for _, tensor in self._leaving)
-        while len(self._leaving) > 1 and (nbytes > self.leaving_bytes or self._leaving[0][0].query()):
+        while len(self._leaving) > 1 and nbytes > self.leaving_bytes:
             event, tensor = self._leaving.popleft()
             event.synchronize()
             nbytes -= tensor.nbytes
+        self._drop_left()
+
+    def _drop_left(self) -> None:
+        """Let go of what has been copied from the device."""
+        while self._leaving and self._leaving[0][0].query():
+            self._leaving.popleft()
 
     def mark_used(self, slot: Slot) -> None:
         """Note on the compute stream that whoever used ``slot`` is done with it."""
         if self._copy_stream is not None:
             slot.event = torch.cuda.Event()
             slot.event.record(torch.cuda.current_stream(self.device))
+            self._drop_left()
 
 
 def _never() -> bool:

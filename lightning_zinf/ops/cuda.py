@@ -4,18 +4,22 @@ Note [Bits on a device]
 ~~~~~~~~~~~~~~~~~~~~~~~
 A compiler for CUDA fuses multiplications and additions as it likes. So every operation below names its rounding, which
 forbids that, and the formula is that of ``ops/kernels/isa_impl.inc`` line by line. It is compiled when it is first used
-on a device (by ``torch.cuda._compile_kernel``, which newer versions of torch have and which needs a CUDA toolkit), and
-before anything is updated by it, its results on random planes are compared with the reference's, bit by bit. Where that
-fails, updates on the device run as the reference does, in some fifty passes of plain torch, after one warning.
+on a device, by ``torch.cuda._compile_kernel``, which newer versions of torch have; and before anything is updated by
+it, its results on random planes are compared with the reference's, bit by bit. Where that fails, updates on the device
+run as the reference does, in some fifty passes of plain torch, after one warning.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib.util
 import itertools
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,7 +131,7 @@ def run(
 def launcher(device: torch.device) -> Launch | None:
     """Return what runs the kernel on a device; None, after a warning, if it cannot be had or gives other bits."""
     try:
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), _compiler():
             kernel = torch.cuda._compile_kernel(SOURCE, "zinf_adam")  # type: ignore[attr-defined,unused-ignore]
     except (AttributeError, OSError, RuntimeError, ImportError) as error:
         _warn(f"the kernel for it could not be compiled ({type(error).__name__}: {error})")
@@ -146,6 +150,24 @@ def launcher(device: torch.device) -> Launch | None:
         _warn(f"the kernel for it was tried, and {wrong}")
         return None
     return launch
+
+
+@contextmanager
+def _compiler() -> Iterator[None]:
+    """Have torch find NVRTC where its own packages have it, and not insist on a toolkit, of which nothing is used."""
+    from torch.utils import cpp_extension  # takes a while to import
+
+    nvidia = importlib.util.find_spec("nvidia")
+    name = f"libnvrtc.so.{(torch.version.cuda or '').split('.')[0]}"
+    for folder in () if nvidia is None else nvidia.submodule_search_locations or ():
+        for path in sorted(Path(folder).glob(f"*/lib/{name}")):
+            ctypes.CDLL(str(path))  # what is loaded is found by its name from then on
+    before = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = before or str(Path(torch.__file__).parent)
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = before
 
 
 _TRIED = 5000
