@@ -178,7 +178,8 @@ class ZinfPrecisionBody(_Base):
         engine = self._strategy.engine
         engine.before_backward()
         try:
-            super().backward(tensor, model, optimizer, *args, **kwargs)
+            with self._strategy.explaining_memory():
+                super().backward(tensor, model, optimizer, *args, **kwargs)
         except BaseException:
             engine.after_backward(failed=True)
             raise

@@ -232,7 +232,7 @@ class ZinfStrategyBody(SetupPart):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's training step."""
         self._follow_plan(args)
-        with self.engine.frame("train") as outputs:
+        with self.explaining_memory(), self.engine.frame("train") as outputs:
             outputs.append(super().training_step(*args, **kwargs))
         return outputs[-1]
 

@@ -11,8 +11,11 @@ tells nothing, so its run measures.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -97,6 +100,23 @@ class PlanPart(RanksPart):
 
         if engine.probe is not None and (speeds := engine.probed()) is not None:
             self._follow_speeds(speeds)
+
+    @contextmanager
+    def explaining_memory(self) -> Iterator[None]:
+        """Where the accelerator's memory runs out inside, say what the strategy takes of it, and what takes less.
+
+        Raises:
+            torch.OutOfMemoryError: With that.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            kept = sum(item.nbytes for item in self.engine.plan.items if item.tier == "device")
+            raise torch.OutOfMemoryError(
+                f"{error}\nzinf: weights, state, gradients and slots take up to {human(kept)} of the accelerator's "
+                "memory; memory.device_bytes bounds that, and offload_params='cpu' takes less. For activations, "
+                "activation_checkpointing=True, offload_activations='cpu' or a smaller batch take less"
+            ) from error
 
     def on_validation_start(self) -> None:
         """Leave the evaluation out of what is measured of steps."""

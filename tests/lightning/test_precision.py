@@ -247,3 +247,21 @@ def test_module_knows_its_device_and_dtype() -> None:
     assert outer.linear.weight.device.type == "cpu"
     _compat.convert_all_but_managed(outer, torch.bfloat16)
     assert outer.dtype is inner.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_accelerator_without_memory_is_told_with_numbers(tmp_path: Path, where: str) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    class Large(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            assert loss is not None
+            if where == "forward":
+                fails()
+            loss.register_hook(fails)
+            return loss
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"(?s)Tried to allocate 1.00 GiB.*take up to .* B.*device_bytes"):
+        fit(tmp_path, "zinf", Large)
