@@ -15,6 +15,7 @@ from lightning_zinf.engine.squares import Squares
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
+    from lightning_zinf.engine.context import EventTicket
 
 
 class ShardedGradients:
@@ -34,6 +35,7 @@ class ShardedGradients:
         self._guarded: set[int] = set()
         self._under_way: list[tuple[Reduction, set[int]]] = []
         self._taken: set[int] = set()  # by an update, since gradients last went out
+        self._tickets: list[EventTicket] = []
 
     # ------------------------------------------------------------------ this rank's own
 
@@ -138,6 +140,7 @@ class ShardedGradients:
         if self._shard is None:
             self._shard = mean
         else:
+            self._wait()
             self._shard += mean
         self._have |= known
 
@@ -153,8 +156,13 @@ class ShardedGradients:
         host = buffer.context.lend_host(mean.nbytes).view(torch.float32)
         ticket = buffer.context.download(mean, host, f"{buffer.name}/gradient")
         if ticket is not None:
-            ticket.wait()
+            self._tickets.append(ticket)
         return host
+
+    def _wait(self) -> None:
+        """Wait until what has been reduced is where updates run: backward goes on while it is copied there."""
+        while self._tickets:
+            self._tickets.pop().wait()
 
     def collect(self, indices: Collection[int], *, keep: bool) -> list[Piece]:
         """Return this rank's part of the gradients that are reduced.
@@ -175,7 +183,9 @@ class ShardedGradients:
         return pieces
 
     def sum_squares(self) -> bool:
-        """See :meth:`Gradients.sum_squares`; what has been reduced is complete."""
+        """See :meth:`Gradients.sum_squares`; what has been reduced is complete once it has been copied."""
+        if not all(ticket.done() for ticket in self._tickets):
+            return False
         self.squares.note({p.index: p.grad for p in self._pieces(range(len(self._buffer.params))) if p.grad.is_cpu})
         return True
 
@@ -187,6 +197,7 @@ class ShardedGradients:
         return [self.squares.of(p.index, p.grad) for p in pieces]
 
     def _pieces(self, indices: Collection[int]) -> list[Piece]:
+        self._wait()
         if self._shard is None:
             return []
         wanted = [i for i in indices if i in self._have]
@@ -212,6 +223,7 @@ class ShardedGradients:
         self._forget(indices, zero=True)
 
     def _forget(self, indices: Collection[int], *, zero: bool) -> None:
+        self._wait()
         self._have -= set(indices)
         if not self._have:
             self._shard = None
