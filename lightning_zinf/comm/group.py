@@ -103,10 +103,12 @@ def ranks_of(shard_size: int | None, timeout: timedelta, local_size: int = 1) ->
         local_size: Number of ranks on this machine.
 
     Raises:
-        ValueError: If ``shard_size`` does not divide the number of ranks.
+        ValueError: If ``shard_size`` does not divide the number of ranks, or the process group is for an accelerator
+            alone.
         ChannelError: If the ranks cannot be connected.
     """
     global _generation
+    _check_backend()
     world = dist.get_world_size()
     shard_size = world if shard_size is None else shard_size
     if world % shard_size:
@@ -142,6 +144,18 @@ def ranks_of(shard_size: int | None, timeout: timedelta, local_size: int = 1) ->
         rank, world, shard_size, shard_group, reduce_group, replica_group, channel, dist.group.WORLD, local_size
     )
     return _built[key]
+
+
+def _check_backend() -> None:
+    """Raise ValueError if the default process group has no backend for tensors in host memory."""
+    try:
+        dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr,unused-ignore]
+    except RuntimeError as error:
+        raise ValueError(
+            f"the process group has the backend {dist.get_backend()!r}, which moves no tensors in host memory, where "
+            "the zinf strategy keeps what is offloaded: leave process_group_backend out, or set it to "
+            "'cpu:gloo,cuda:nccl'"
+        ) from error
 
 
 class Collectives:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_zinf.comm.group import ranks_of
 from lightning_zinf.config import PartitionConfig
 from lightning_zinf.engine.partition import engine_of, partition
 from lightning_zinf.optim.binding import OptimizerBinding, binding_of
@@ -119,3 +122,13 @@ def test_a_sparse_gradient(tmp_path: Path) -> None:
     engine.after_backward()
     with pytest.raises(ValueError, match="has a sparse gradient"):
         optimizer.step()
+
+
+def test_a_process_group_for_an_accelerator_alone() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    dist.init_process_group("cuda:gloo", store=store, rank=0, world_size=1)  # stands for nccl
+    try:
+        with pytest.raises(ValueError, match=r"backend 'cuda:gloo', which moves no tensors in host memory"):
+            ranks_of(None, timedelta(seconds=20))
+    finally:
+        dist.destroy_process_group()
