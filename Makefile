@@ -20,10 +20,10 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find ops \( -name '*.cpp'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-slow test-ops sanitize lint format bench clean distclean
+.PHONY: help install train test test-slow test-ops test-ops-arm64 sanitize lint format bench clean distclean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*##  *\(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is " + sys.version if sys.version_info < (3, 10) else 0)'
@@ -50,15 +50,26 @@ test-slow: $(VENV)/.installed  ## Run the slow Python tests
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 comma := ,
-# $(1): build folder, $(2): build type, $(3): sanitizers, $(4): command before ctest
+# $(1): build folder, $(2): build type, $(3): sanitizers, $(4): command before ctest, $(5): more options for cmake
 define ctest
-	$(BIN)/cmake -S ops -B build/$(1) -DCMAKE_BUILD_TYPE=$(2) -DZINF_PYTHON=OFF -DZINF_TESTS=ON -DZINF_SANITIZE=$(3)
+	$(BIN)/cmake -S ops -B build/$(1) -DCMAKE_BUILD_TYPE=$(2) -DZINF_PYTHON=OFF -DZINF_TESTS=ON -DZINF_SANITIZE=$(3) $(5)
 	MAKEFLAGS=--no-print-directory $(BIN)/cmake --build build/$(1) --parallel $(JOBS)
 	$(4) $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error --parallel $(JOBS) --timeout 180
 endef
 
 test-ops: $(VENV)/.installed  ## Run the C++ tests
 	$(call ctest,ops,Release,,)
+
+# Static, so that nothing but the emulator is needed to run them; it has no io_uring and no seccomp.
+ARM64_CXX ?= aarch64-linux-gnu-g++
+ARM64_RUN ?= qemu-aarch64
+ARM64_OPTIONS = -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM64_CXX) \
+	-DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=$(ARM64_RUN)
+test-ops-arm64: $(VENV)/.installed  ## Run the C++ tests as arm64 programs, in an emulator
+	@for tool in $(ARM64_CXX) $(ARM64_RUN); do command -v $$tool > /dev/null || { echo "make $@ needs $$tool, which is \
+	not here: install Debian's g++-aarch64-linux-gnu and qemu-user, or name others as ARM64_CXX and ARM64_RUN" >&2; \
+	exit 1; }; done
+	$(call ctest,ops-arm64,Release,,,$(ARM64_OPTIONS))
 
 # A report is a failure. ThreadSanitizer cannot start where the kernel randomizes addresses by more bits than it knows
 # (Linux 6.6 and later against g++ 13 and earlier), so its tests run without randomization, where that is allowed.

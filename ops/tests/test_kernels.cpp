@@ -1,4 +1,5 @@
-// Tests of kernels/ without Python. `--quick` (the default under a sanitizer) samples the exhaustive ones.
+// Tests of kernels/ without Python. `--quick` (the default under a sanitizer or an emulator) samples the exhaustive
+// ones.
 #include "check.h"
 
 #include "kernels/adam.h"
@@ -38,7 +39,7 @@ using namespace zinf;
 
 namespace {
 
-#if defined(ZINF_TSAN) || defined(__SANITIZE_ADDRESS__)
+#if defined(ZINF_TSAN) || defined(__SANITIZE_ADDRESS__) || defined(ZINF_EMULATED)
 bool quick = true;
 #else
 bool quick = false;
@@ -334,7 +335,7 @@ void test_pool_serves_concurrent_and_nested_callers() {
 }
 
 void test_pool_survives_fork() {
-#ifndef ZINF_TSAN // it cannot start threads in a forked child
+#if !defined(ZINF_TSAN) && !defined(ZINF_EMULATED) // neither can start threads in a forked child
   set_num_threads(3);
   parallel_for(100, [](int64_t) {});
   const pid_t child = fork();
