@@ -64,15 +64,15 @@ def test_same_bits_and_nothing_is_read_twice(precision: str, where: Where, accum
 @pytest.mark.parametrize(
     ("name", "precision", "where"),
     [
-        (name, PRECISIONS[(row + column) % len(PRECISIONS)], where)
+        (name, precision, where)
         for row, name in enumerate(n for n in ZOO if n != "gpt")
         for column, where in enumerate(PLACES)
+        for precision in [PRECISIONS[(row + column) % len(PRECISIONS)]]
+        if (name, precision) != ("bfloat16-born", "16-mixed")  # torch has no such LayerNorm
     ],
     ids=str,
 )
 def test_same_bits_of_every_model(name: str, precision: str, where: Where, tmp_path: Path) -> None:
-    if (name, precision) == ("bfloat16-born", "16-mixed"):
-        pytest.skip("torch has no such LayerNorm")
     for number, recipe in RECIPES.items():
         found = train_paged(ZOO[name], tmp_path / str(number), where, precision, recipe)
         assert_same(found, train_plain(ZOO[name], precision, recipe))

@@ -112,8 +112,12 @@ def test_a_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-file.json" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
-def test_a_plot_without_matplotlib_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plot_without_matplotlib_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plan", *SMALL, "--plot", "x.png"]) == 2
     assert "pip install 'lightning-zinf[plot]'" in capsys.readouterr().err
 
