@@ -20,7 +20,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find ops \( -name '*.cpp'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-slow test-ops test-ops-arm64 sanitize lint format bench clean distclean
+.PHONY: help install train test test-slow test-ops test-ops-arm64 test-ops-x86 sanitize lint format bench clean distclean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*##  *\(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -60,16 +60,15 @@ endef
 test-ops: $(VENV)/.installed  ## Run the C++ tests
 	$(call ctest,ops,Release,,)
 
-# Static, so that nothing but the emulator is needed to run them; it has no io_uring and no seccomp.
-ARM64_CXX ?= aarch64-linux-gnu-g++
-ARM64_RUN ?= qemu-aarch64
-ARM64_OPTIONS = -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM64_CXX) \
-	-DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=$(ARM64_RUN)
-test-ops-arm64: $(VENV)/.installed  ## Run the C++ tests as arm64 programs, in an emulator
-	@for tool in $(ARM64_CXX) $(ARM64_RUN); do command -v $$tool > /dev/null || { echo "make $@ needs $$tool, which is \
-	not here: install Debian's g++-aarch64-linux-gnu and qemu-user, or name others as ARM64_CXX and ARM64_RUN" >&2; \
-	exit 1; }; done
-	$(call ctest,ops-arm64,Release,,,$(ARM64_OPTIONS))
+test-ops-arm64: emulated-aarch64  ## Run the C++ tests as arm64 programs, in an emulator
+test-ops-x86: emulated-x86_64  ## The same as x86-64 programs, on the CPU that QEMU_CPU names
+
+# Static, so that no library of the other architecture is needed to run them.
+emulated-%: $(VENV)/.installed
+	@for tool in $*-linux-gnu-g++ qemu-$*; do command -v $$tool > /dev/null || { echo "$$tool is not here: install" \
+	"Debian's packages g++-$(subst _,-,$*)-linux-gnu and qemu-user, or what they are called elsewhere" >&2; exit 1; }; done
+	$(call ctest,ops-$*,Release,,,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$* \
+		-DCMAKE_CXX_COMPILER=$*-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-$*)
 
 # A report is a failure. ThreadSanitizer cannot start where the kernel randomizes addresses by more bits than it knows
 # (Linux 6.6 and later against g++ 13 and earlier), so its tests run without randomization, where that is allowed.
