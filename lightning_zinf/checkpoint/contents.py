@@ -73,7 +73,7 @@ class Contents:
     optimizers: tuple[tuple[str, ...], ...]
     versions: dict[str, str]
     module: dict[str, Tensor]
-    trainer: memoryview
+    trainer: bytes
     aside: str
     claim: Claim | None
 
@@ -139,14 +139,15 @@ def refuse_changes(engine: Engine, state: Mapping[str, Any]) -> None:
         )
 
 
-def serialized(checkpoint: Mapping[str, Any]) -> memoryview:
+def serialized(checkpoint: Mapping[str, Any]) -> bytes:
     """Return everything but the state dict, as ``torch.save`` writes it."""
     content = io.BytesIO()
     torch.save({key: value for key, value in checkpoint.items() if key != "state_dict"}, content)
-    return content.getbuffer()
+    # Hands its bytes over, without a copy. A view (getbuffer) in a cycle of garbage crashes Python 3.12.0 and 3.12.1.
+    return content.getvalue()
 
 
-def write_bytes(folder: Folder, name: str, content: memoryview) -> FileInfo:
+def write_bytes(folder: Folder, name: str, content: bytes) -> FileInfo:
     """Write a file."""
     writer = Writer(folder, name)
     try:

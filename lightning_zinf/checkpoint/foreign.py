@@ -62,7 +62,7 @@ def write_converted(
     torch.save(dict(rest), content)
     writer = Writer(folder, _TRAINER)
     try:
-        writer.write(content.getbuffer())
+        writer.write(content.getvalue())
         infos.append(writer.finish())
     except BaseException:
         writer.abandon()

@@ -132,7 +132,7 @@ def _prepare(
     """
     comm, shards = engine.context.comm, engine.context.shards
     rank = 0 if comm is None else comm.ranks.rank
-    token, aside, trainer = uuid.uuid4().hex[:12], "", memoryview(b"")
+    token, aside, trainer = uuid.uuid4().hex[:12], "", b""
     own: Exception | None = None
     claim: Claim | None = None
     if rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from lightning_cases import assert_same
 
 import lightning_zinf
+from lightning_zinf.checkpoint.contents import serialized
 from lightning_zinf.checkpoint.files import Reader, Writer, header, raw_bytes
 from lightning_zinf.checkpoint.folder import Folder
 from lightning_zinf.checkpoint.manifest import Buffer, CheckpointError, FileInfo, Manifest, Param
@@ -37,6 +39,17 @@ def test_golden_checkpoint_reads_for_ever(tmp_path: Path) -> None:
     assert trainer.global_step == 2
     assert_same(lightning_zinf.full_state_dict(model), expected)
     trained(tmp_path, 3, GOLDEN / "golden.ckpt")
+
+
+def test_what_is_to_be_written_may_end_in_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does by the traceback of an error. Of a view of a BytesIO Python 3.12 and later complain; 3.12.1 crashes."""
+    complaints: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    cycle: list[Any] = [serialized({"epoch": 1})]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert complaints == []
 
 
 @st.composite
