@@ -97,7 +97,7 @@ def partition(
     plans = [*plans[:-1], *_plans_of_tiles(tiled), plans[-1]]
     drafts = draft_buffers(plans, config.precision, trained_ids, 1 if comm is None else comm.ranks.shard_size, kept)
     model = describe_model(drafts, type(root).__name__)
-    present = _taken_bytes(root, config.device, pagers if cpu else (), comm)
+    present = _taken_bytes(root, pagers, comm)
     machine, options = _machine(config, free, comm, aliased=cpu), replace(options_of(config), present=present)
     # Copies of the model on other ranks, which the plan of one does not have, have to add up their gradients.
     plan = make_plan(model, machine, options, spills=None if comm is None else False)
@@ -124,7 +124,7 @@ def partition(
     if recomputed or store is not None:
         engine.handle_activations(recomputed, store, config.memory.activation_min_bytes)
     engine.placement, engine.config, engine.plan = decision.where, config, plan
-    engine.given_back = present if cpu else 0
+    engine.given_back = present
     root.__dict__[_ATTRIBUTE] = _ENGINES[id(engine)] = engine
     return engine
 
@@ -192,22 +192,22 @@ def _move_others(root: nn.Module, managed: set[int], device: torch.device) -> No
             param.data = param.data.to(device)
 
 
-def _present_bytes(root: nn.Module, device: torch.device) -> int:
-    """Return the bytes of parameters that are in memory on a device now, and go when they are partitioned.
+def _present_bytes(root: nn.Module) -> int:
+    """Return the bytes of parameters that are in host memory now, and go when they are partitioned.
 
     What is in a mapped file is not memory that was taken.
     """
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
         for p in root.parameters()
-        if not isinstance(p, paging.Released) and p.device.type == device.type and (p.is_cuda or not p.is_shared())
+        if not isinstance(p, paging.Released) and p.is_cpu and not p.is_shared()
     }
     return sum(storages.values())
 
 
-def _taken_bytes(root: nn.Module, device: torch.device, pagers: Sequence[SharedPager], comm: Collectives | None) -> int:
-    """Return the bytes that the model takes now, and slices of its parameters, which go when they are partitioned."""
-    taken = _present_bytes(root, device) + sum(pager.kept_bytes for pager in pagers)
+def _taken_bytes(root: nn.Module, pagers: Sequence[SharedPager], comm: Collectives | None) -> int:
+    """Return the bytes of host memory of a model and of slices of its parameters, which go when it is partitioned."""
+    taken = _present_bytes(root) + sum(pager.kept_bytes for pager in pagers)
     if comm is not None:  # what is planned with it has to be the same on all ranks
         (taken,) = least([taken], comm.ranks.channel, "planning")
     return taken

@@ -50,9 +50,13 @@ def check_room(nbytes: int, what: str) -> None:
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Return the free bytes of an accelerator's memory; of host memory for a CPU."""
+    """Return the free bytes of an accelerator's memory; of host memory for a CPU.
+
+    What torch's allocator has taken and not lent (a model before this one had it, say) is free too.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return free_host_bytes()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_zinf.engine import squares
 from lightning_zinf.engine.context import EngineContext
+from lightning_zinf.memory.machine import free_device_bytes
 from lightning_zinf.memory.slots import Slot
 from lightning_zinf.monitor.counters import Counters
 
@@ -115,3 +116,14 @@ def test_sums_of_squares_on_a_device(dtype: torch.dtype, monkeypatch: pytest.Mon
         exact = math.fsum(float(x) ** 2 for x in grad.flatten())  # squares of so few bits are exact in float64
         assert abs(found - exact) <= grad.numel() * 2.0**-53 * exact
     assert squares._sums_on_device([]) == []
+
+
+def test_what_is_free_when_a_model_is_partitioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host memory of the model counts as given back on an accelerator too, and what torch keeps there as free."""
+    taken = sum(p.nbytes for p in ZOO["gpt"].make().parameters())
+    with session(ZOO["gpt"], tmp_path, Where("cpu", "cpu", aliased=False), "bf16-mixed", Recipe()) as it:
+        assert it.engine.given_back == taken
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 600)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert free_device_bytes(torch.device("cuda", 0)) == 1500
