@@ -42,7 +42,7 @@ def test_golden_checkpoint_reads_for_ever(tmp_path: Path) -> None:
 
 
 def test_what_is_to_be_written_may_end_in_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it does by the traceback of an error. Of a view of a BytesIO Python 3.12 and later complain; 3.12.1 crashes."""
+    """As by the traceback of an error. Of a view of a BytesIO Python 3.12 and later complain; 3.12.1 crashes."""
     complaints: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
     cycle: list[Any] = [serialized({"epoch": 1})]
