@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_zinf import parameters as paging
 from lightning_zinf.config import Precision
+from lightning_zinf.engine.overlaps import refuse_overlaps
 from lightning_zinf.engine.units import UnitPlan
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.planner import BufferSpec, ModelSpec, UnitSpec
@@ -56,32 +57,7 @@ def check_parameters(root: nn.Module, trained: Collection[int], *, values: bool 
                 f"parameter {name!r} has dtype {param.dtype}, which the zinf strategy does not train: use float32 or "
                 "bfloat16"
             )
-    _refuse_overlaps(root, trained)
-
-
-def _refuse_overlaps(root: nn.Module, trained: Collection[int]) -> None:
-    """Raise ValueError if a trained parameter shares memory with another: each would get memory of its own."""
-    spans: list[tuple[int, int, int, bool]] = []
-    names = [name for name, _ in root.named_parameters()]
-    for number, param in enumerate(root.parameters()):
-        if not isinstance(param, paging.Released) and not param.is_meta and param.numel():
-            numel = 1 + sum((n - 1) * stride for n, stride in zip(param.shape, param.stride(), strict=True))
-            start = param.data_ptr()
-            spans.append((start, start + numel * param.element_size(), number, id(param) in trained))
-    spans.sort()
-    # What reaches farthest so far, of all and of those that learn.
-    any_end, any_number, trained_end, trained_number = 0, 0, 0, 0
-    for start, end, number, learns in spans:
-        before, other = (any_end, any_number) if learns else (trained_end, trained_number)
-        if start < before:
-            both = sorted((number, other))
-            raise ValueError(
-                f"parameters {names[both[0]]!r} and {names[both[1]]!r} share memory, which would be trained apart: tie "
-                "them as one parameter (b.weight = a.weight), or give each a copy (.detach().clone())"
-            )
-        any_end, any_number = max((any_end, any_number), (end, number))
-        if learns:
-            trained_end, trained_number = max((trained_end, trained_number), (end, number))
+    refuse_overlaps(root, trained)
 
 
 @dataclass

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_zinf.comm.group import ranks_of
 from lightning_zinf.config import PartitionConfig
+from lightning_zinf.engine.overlaps import refuse_overlaps
 from lightning_zinf.engine.partition import engine_of, partition
 from lightning_zinf.optim.binding import OptimizerBinding, binding_of
 
@@ -59,6 +62,24 @@ def test_a_trained_part_of_frozen_memory(tmp_path: Path) -> None:
         partition(module, config(tmp_path), [parts[-1]])
     engine = partition(module, config(tmp_path), [])
     engine.dissolve()
+
+
+def columns(width: int, learns: int) -> nn.ParameterList:
+    """Views of one matrix of three columns; number ``learns`` takes ``width`` of them."""
+    base = torch.arange(12.0).view(4, 3)
+    views = [base[:, i : i + (width if i == learns else 1)] for i in range(3)]
+    return nn.ParameterList(nn.Parameter(v, requires_grad=i == learns) for i, v in enumerate(views))
+
+
+@pytest.mark.parametrize("learns", range(3))
+def test_views_that_lie_between_each_other_share_nothing(learns: int, tmp_path: Path) -> None:
+    module = columns(1, learns)
+    engine = partition(module, config(tmp_path), [module[learns]])
+    engine.dissolve()
+    assert [p.flatten().tolist() for p in module] == [[i, 3.0 + i, 6.0 + i, 9.0 + i] for i in range(3)]
+    module = columns(2, 0)
+    with pytest.raises(ValueError, match="'0' and '1' share memory"):
+        partition(module, config(tmp_path), [module[0]])
 
 
 @pytest.mark.parametrize(
@@ -132,3 +153,28 @@ def test_a_process_group_for_an_accelerator_alone() -> None:
             ranks_of(None, timedelta(seconds=20))
     finally:
         dist.destroy_process_group()
+
+
+@given(st.data())
+def test_shared_elements_are_found_exactly(data: st.DataObject) -> None:
+    """Against sets of addresses, for views of one tensor in any shape and stride."""
+    base = torch.zeros(24)
+    views, learns = [], []
+    for _ in range(data.draw(st.integers(2, 4))):
+        rows, columns = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+        strides = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+        reach = (rows - 1) * strides[0] + (columns - 1) * strides[1]
+        first = data.draw(st.integers(0, 23 - reach))
+        views.append(base.as_strided((rows, columns), strides, first))
+        learns.append(data.draw(st.booleans()))
+    module = nn.ParameterList(nn.Parameter(v, requires_grad=False) for v in views)
+    trained = {id(p) for p, learned in zip(module, learns, strict=True) if learned}
+    index = torch.arange(24)
+    places = [set(index.as_strided(v.shape, v.stride(), v.storage_offset()).flatten().tolist()) for v in views]
+    pairs = {(i, j) for j in range(len(views)) for i in range(j) if places[i] & places[j] and (learns[i] or learns[j])}
+    if not pairs:
+        refuse_overlaps(module, trained)
+    else:
+        with pytest.raises(ValueError, match="share memory") as caught:
+            refuse_overlaps(module, trained)
+        assert any(f"parameters '{i}' and '{j}' share" in str(caught.value) for i, j in pairs)
