@@ -295,7 +295,7 @@ def _bytes_below(folder: str) -> int:
 
 
 def _reshard(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from lightning_zinf.checkpoint.reshard import reshard
+    from lightning_zinf.checkpoint.reshard import cut, reshard
     from lightning_zinf.checkpoint.source import Checkpoint
 
     if given.shards < 1:
@@ -303,6 +303,10 @@ def _reshard(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if os.path.exists(given.output):
         raise _UsageError(f"{given.output} is there already: give another name")
     with Checkpoint(given.checkpoint) as source:
+        try:
+            cut(source.manifest.buffers, given.shards)
+        except ValueError as error:
+            raise _UsageError(f"--shards: {error}") from error
         source.verify([info.path for info in source.manifest.files])
         with _progress("Writing", sum(i.nbytes for i in source.manifest.files)) as advance:
             reshard(source, given.output, given.shards, progress=advance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,8 @@ from lightning_zinf.checkpoint.source import Checkpoint
 from lightning_zinf.layout import SHARD_ALIGNMENT, round_up
 
 Progress = Callable[[int], None]
+PADDING_BYTES = 256 * 2**20
+"""Padding that any checkpoint may have."""
 
 
 def reshard(
@@ -36,12 +38,13 @@ def reshard(
         shards: Number of shard files.
         chunk_bytes: Bytes that are read at a time.
         progress: Called with bytes as they are written.
+
+    Raises:
+        ValueError: If so many shards would be padding for the most part, before anything is written.
     """
+    buffers = cut(source.manifest.buffers, shards)
     folder = Folder(out)
     folder.make()
-    smallest = min(DTYPES[d].itemsize for b in source.manifest.buffers for d in b.planes.values())
-    step = SHARD_ALIGNMENT // smallest * shards
-    buffers = tuple(replace(b, numel=round_up(b.numel, step)) for b in source.manifest.buffers)
     names = tuple(f"shard-{i:05d}-of-{shards:05d}.safetensors" for i in range(shards))
     infos = [
         _write_shard(source, folder, name, buffers, (i, shards), chunk_bytes, progress) for i, name in enumerate(names)
@@ -49,6 +52,31 @@ def reshard(
     infos += [_copy(source, folder, name) for name in (source.manifest.module, source.manifest.trainer)]
     manifest = replace(source.manifest, shards=names, buffers=buffers, files=tuple(infos))
     folder.replace(MANIFEST, manifest.to_json().encode())
+
+
+def cut(buffers: Sequence[Buffer], shards: int) -> tuple[Buffer, ...]:
+    """Return buffers padded for ``shards`` equal shards, each of a multiple of 4096 bytes of every plane.
+
+    Raises:
+        ValueError: If that takes more padding than there are values, and more than 256 MiB.
+    """
+    least = SHARD_ALIGNMENT // min(DTYPES[d].itemsize for b in buffers for d in b.planes.values())
+    padded = tuple(replace(b, numel=round_up(b.numel, least * shards)) for b in buffers)
+    values = sum(sum(p.numel for p in b.params) * _itemsize(b) for b in buffers)
+    padding = sum(b.numel * _itemsize(b) for b in padded) - values
+    room = max(values, PADDING_BYTES)
+    each = sum(least * _itemsize(b) for b in buffers)  # a shard file has no less
+    if padding > room and shards > 1:
+        raise ValueError(
+            f"{shards:,} shards would take {padding / 2**20:,.1f} MiB of padding for {values / 2**20:,.1f} MiB of "
+            f"values, since each has at least {each:,} bytes of the checkpoint's {len(buffers)} buffers: ask for at "
+            f"most {max(1, room // each):,}"
+        )
+    return padded
+
+
+def _itemsize(buffer: Buffer) -> int:
+    return sum(DTYPES[dtype].itemsize for dtype in buffer.planes.values())
 
 
 def _write_shard(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from safetensors.torch import load_file
 from sharded_cases import Model, everything, fit, memory_of
 
 import lightning_zinf
+from lightning_zinf.checkpoint.files import DTYPES
+from lightning_zinf.checkpoint.reshard import cut
+from lightning_zinf.checkpoint.source import Checkpoint
 from lightning_zinf.cli import main
 
 
@@ -205,3 +210,19 @@ def test_reshard(saved: Any, shards: int, tmp_path: Path) -> None:
     found = everything(*fit(tmp_path, "nvme", 1, path=tmp_path / "b.ckpt", precision="bf16-mixed"))
     assert_same(found, state)
     assert main(["reshard", str(path), str(tmp_path / "c.ckpt"), "--shards", "0"]) == 2
+
+
+def test_shards_of_padding_are_refused(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = saved
+    assert main(["reshard", str(path), str(tmp_path / "c.ckpt"), "--shards", "100000"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"100,000 shards would take [0-9.,]+ MiB of padding for [0-9.]+ MiB of values", said)
+    most = int(re.search(r"ask for at most ([0-9,]+)", said)[1].replace(",", ""))  # type: ignore[index]
+    with Checkpoint(path) as source:
+        buffers = source.manifest.buffers
+    cut(buffers, most)
+    each = sum(DTYPES[d].itemsize for d in buffers[0].planes.values())
+    large = replace(buffers[0], numel=2**40, params=(replace(buffers[0].params[0], shape=(2**40,), part=None),))
+    (padded,) = cut((large,), 100_000)  # which is a lot to write, and little padding
+    assert 0 <= (padded.numel - 2**40) * each <= 2**40 * each
+    assert not (tmp_path / "c.ckpt").exists()
