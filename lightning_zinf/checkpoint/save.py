@@ -128,7 +128,7 @@ def _prepare(
     """Take the snapshot, and serialize what is small; return whether to wait until all is written, too.
 
     Raises:
-        OSError: On all ranks, if rank 0 cannot make the folder.
+        OSError: On all ranks, if rank 0 cannot make the folder, or there is one that is no checkpoint.
     """
     comm, shards = engine.context.comm, engine.context.shards
     rank = 0 if comm is None else comm.ranks.rank
@@ -139,6 +139,7 @@ def _prepare(
         try:
             refuse_changes(engine, checkpoint["state_dict"])
             trainer = serialized(checkpoint)
+            _refuse_others(folder)
             aside = folder.put_aside(token)
             folder.make()
             claim = Claim(folder)
@@ -270,9 +271,10 @@ def _same_again(
                 claim=None,
             )
             refuse_changes(engine, checkpoint["state_dict"])
+            _refuse_others(folder)
             beside = functools.partial(_save_beside, saving.plan.folder, folder, own)
             taken = not os.path.isfile(folder.path) and saving.also(beside)
-        except Exception:  # what cannot be pickled: saving it on its own tells all ranks
+        except Exception:  # what cannot be pickled, or saved there: saving it on its own tells all ranks
             taken = False
     return bool(_exchange(engine, json.dumps(taken))[0])
 
@@ -303,6 +305,28 @@ def _save_beside(source: Folder, folder: Folder, contents: Contents, files: Sequ
         if contents.claim is not None:
             contents.claim.release()
         raise AnotherError(f"{folder.url} was not saved: {problem}") from problem
+
+
+def _refuse_others(folder: Folder) -> None:
+    """Refuse to save beside files that are not of a checkpoint, before anything is written.
+
+    Raises:
+        FileExistsError: If there are any, and no checkpoint.
+    """
+    if not folder.fs.isdir(folder.path) or folder.exists(MANIFEST):
+        return
+    others = sorted(name for name in folder.names() if name and not _left_over(name))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise FileExistsError(
+            f"{folder.url} is a folder that is no checkpoint, with {', '.join(map(repr, others[:3]))}{more} in it: "
+            "give the checkpoint another name, or move what is there. Nothing has been written"
+        )
+
+
+def _left_over(name: str) -> bool:
+    """Whether a file is what a save that was killed may leave."""
+    return bool(_OURS.fullmatch(name)) or name.startswith(MANIFEST)
 
 
 def _begin(folder: Folder, name: str, io_config: IOConfig, nbytes: int) -> Destination:
