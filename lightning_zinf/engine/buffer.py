@@ -155,10 +155,11 @@ class FlatBuffer(Planes):
                 if self.pending[0].done:  # what is updated so far goes home, to be gone on with from there
                     self.weights.publish(updated=True)
                 raise
-            self.pending.pop(0)
+            applied = self.pending.pop(0)
             if self.held is not None:
                 self.held.updated()
-            self.touched()
+            self.touched(applied.touches)
+            self.context.counters.updates += 1
         self.weights.publish(updated=updated)
         if self.held is not None:
             self.held.settled()
@@ -240,9 +241,13 @@ class FlatBuffer(Planes):
             assert self._opened_low is not None
             before = self._join(self._opened_low)
             # A look is no change: nothing to write, and a backward under way stays valid.
-            if not torch.equal(self._master.view(torch.int32), before.view(torch.int32)):
+            pairs = zip(self.views_of(self._master), self.views_of(before), strict=True)
+            changed = [
+                i for i, (new, old) in enumerate(pairs) if not torch.equal(new.view(torch.int32), old.view(torch.int32))
+            ]
+            if changed:
                 self.context.note_change(self.name, self._checksum(self._master))
-                self.write_master(self._master)
+                self.write_master(self._master, changed)
             self._master = self._opened_low = None
             self.bind()
 

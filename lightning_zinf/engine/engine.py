@@ -159,6 +159,8 @@ class Engine(Hooks):
         if self.profile is not None:
             self.profile.forward_ended()
         self.pager.gather(self._flipping)
+        for parameter in self.tiled:
+            parameter.note_changes()
         for unit in self.units:
             for buffer in unit.buffers:
                 buffer.gradients.before_backward()

@@ -180,7 +180,7 @@ class Gatherer:
                     if unit not in self._wanted:
                         buffer.gathered_low = None
                     if buffer.persistent and self.early.may_be_mixed(unit):  # a graph that saved them has to refuse
-                        torch.autograd.graph.increment_version(buffer.params)
+                        buffer.outdate()
 
     def _start(self, unit: Unit, keep: list[Unit]) -> None:
         """Start loading, evicting whatever has to go."""
@@ -354,7 +354,8 @@ class Gatherer:
             self.context.drop_scratch()
             if not unit.persistent:
                 # A graph built outside of a step may have saved the parameters: have it refuse, not read NaN.
-                torch.autograd.graph.increment_version([p for b in unit.buffers for p in b.params])
+                for buffer in unit.buffers:
+                    buffer.outdate()
         self._host.remove(unit)
         self.held[unit] = None
         unit.state = UnitState.RESIDENT

@@ -88,6 +88,8 @@ class Pager(Gatherer):
                 self.close_host(unit)
             buffer.defer(update)
             if buffer.deferred:
+                if buffer.persistent:  # a graph may have saved the parameters, whose values are about to change
+                    buffer.outdate(update.touches)
                 self.release(unit, stale=True)
                 self.has_pending = True
             else:
@@ -97,7 +99,7 @@ class Pager(Gatherer):
                 else:
                     buffer.collect()  # arrives by the end of the step
                     self._arriving.append(buffer)
-                torch.autograd.graph.increment_version(buffer.params)
+                buffer.outdate(update.touches)
                 self.release(unit)  # code that changes weights between steps must find the master
 
     def update_now(self, unit: Unit, updates: list[tuple[FlatBuffer, Update]]) -> None:
@@ -110,9 +112,9 @@ class Pager(Gatherer):
             if self.rounds is not None:
                 self._update_shard(unit)
             elif unit.persistent or unit.state is UnitState.RESIDENT:
-                for buffer, _ in updates:
+                for buffer, update in updates:
                     buffer.settle()
-                    torch.autograd.graph.increment_version(buffer.params)
+                    buffer.outdate(update.touches)
             else:
                 self.release(unit, stale=True)
         self.has_pending = True
@@ -123,7 +125,8 @@ class Pager(Gatherer):
         Its other parts in a slot are out of date from then on; what stays in place is not to be used as it is.
         """
         if unit.persistent:
-            torch.autograd.graph.increment_version([p for b in unit.buffers for p in b.params])
+            for buffer in unit.buffers:
+                buffer.outdate()
         elif unit.state is UnitState.RELEASED and all(b.weights.at_home for b in unit.buffers):
             for buffer in unit.buffers:
                 buffer.settle()

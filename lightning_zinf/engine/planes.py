@@ -6,7 +6,8 @@ Note [Two views of a weight] in ``buffer.py``. Several ranks have equal shards o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,7 +68,8 @@ class Planes:
         self.steps = [0] * len(params)
         self.param_states: list[ParamState | None] = [None] * len(params)
         self.pending: list[Update] = []
-        self.version = 0
+        self._versions = [0] * len(params)
+        self._outdated = [0] * len(params)
         self.gathered_low: Tensor | None = None
         self.held: Held | None = None
         self.changes = 0  # optimizer steps captured, and times that code outside of compute may have changed planes
@@ -144,10 +146,36 @@ class Planes:
         if self.held is not None:
             self.held.before_change(plane)
 
-    def touched(self) -> None:
-        """Note that the weights changed: saved tensors of an older graph are no longer what they were."""
-        self.version += 1
-        self.context.counters.updates += 1
+    def touched(self, indices: Iterable[int] | None = None) -> None:
+        """Note that the weights changed: saved tensors of an older graph are no longer what they were.
+
+        Args:
+            indices: Those of which parameters; all by default.
+        """
+        for index in range(len(self.params)) if indices is None else indices:
+            self._versions[index] += 1
+
+    def outdate(self, indices: Iterable[int] | None = None) -> None:
+        """Have graphs that saved the parameters themselves refuse to go on, as after a change in place.
+
+        Args:
+            indices: Which parameters; all by default.
+        """
+        which = list(range(len(self.params)) if indices is None else indices)
+        torch.autograd.graph.increment_version([self.params[i] for i in which])
+        for index in which:
+            self._outdated[index] += 1
+
+    def index_at(self, element: int) -> int:
+        """Return the number of the parameter that an element of the flat buffer is part of."""
+        return max(bisect.bisect_right(self.layout.offsets, element) - 1, 0)
+
+    def version_of(self, index: int) -> tuple[int, int]:
+        """Return what tells the weights of a parameter that is bound from those before and after a change.
+
+        The first number counts updates, the second one changes in place by other code.
+        """
+        return self._versions[index], self.params[index]._version - self._outdated[index]
 
     # ------------------------------------------------------------------ whole planes
 
@@ -175,12 +203,20 @@ class Planes:
         join_master(self.weights.flat().cpu(), low.cpu(), master)
         return master.to(self.device)
 
-    def write_master(self, master: Tensor) -> None:
+    def write_master(self, master: Tensor, changed: Iterable[int] | None = None) -> None:
         """Set the master from a float32 tensor of the whole buffer, padding included; the weights must be loaded.
 
         Each rank keeps its own shard of it: all must have been given the same.
+
+        Args:
+            master: The float32 tensor.
+            changed: The parameters whose values are others now; all by default.
         """
-        self.version += 1
+        if changed is None:
+            self.touched()
+        else:
+            for index in changed:
+                self._outdated[index] -= 1  # one change more that is not the engine's
         self.before_change()
         flat = self.weights.flat()
         start, stop = self.shard_range

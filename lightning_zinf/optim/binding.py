@@ -29,7 +29,7 @@ from lightning_zinf.monitor.trace import span
 from lightning_zinf.optim.adam import AdamRule, is_fused_adam
 from lightning_zinf.optim.elementwise import ElementwiseRule
 from lightning_zinf.optim.state_dict import load_optimizer_state_dict, optimizer_state_dict
-from lightning_zinf.optim.update import Rule, clip_coefficient
+from lightning_zinf.optim.update import Rule, Update, clip_coefficient
 
 if TYPE_CHECKING:
     from lightning_zinf.engine.buffer import FlatBuffer
@@ -181,13 +181,15 @@ class OptimizerBinding:
         groups = {id(buffer): (buffer, own) for buffer, own in self._by_buffer()}
 
         def apply(unit: Unit) -> None:
-            updates = []
+            updates: list[tuple[FlatBuffer, Update]] = []
             for buffer in unit.buffers:
                 if id(buffer) not in groups or not buffer.deferred:
                     continue
                 own = groups[id(buffer)][1]
                 if pieces := buffer.gradients.collect(own, keep=False):
-                    updates.append((buffer, self.rule.capture(buffer, pieces, own, 1.0, None)))  # with their values
+                    update = self.rule.capture(buffer, pieces, own, 1.0, None)  # the gradients have their values
+                    update.touches = [piece.index for piece in pieces]
+                    updates.append((buffer, update))
             self.engine.pager.update_now(unit, updates)
 
         try:
@@ -216,6 +218,7 @@ class OptimizerBinding:
                 continue
             update = self.rule.capture(buffer, pieces, groups, scale, clip_value)
             update.average, update.source = average, pieces[0].source if pieces else None
+            update.touches = [piece.index for piece in pieces]
             self.engine.update(buffer, update)
             buffer.gradients.squares.forget()
         self.engine.between_steps = True

@@ -13,7 +13,7 @@ on pieces of parameters for any other that works element by element (``elementwi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class Update(ABC):
         average: Weight of the old average in the running average of the masters that this step brings up to date, or
             None if it does not.
         source: What has the values of the gradients, if that is not themselves.
+        touches: Numbers of the parameters whose weights it changes; None for all.
         changes_rest: Whether applying it changes state that is no plane (others change that when they are captured).
     """
 
@@ -46,6 +47,7 @@ class Update(ABC):
     done: int = 0
     average: float | None = None
     source: Source | None = None
+    touches: Collection[int] | None = None
 
     def apply(self, weight: Tensor, state: State) -> None:
         """Update the shard, record by record.

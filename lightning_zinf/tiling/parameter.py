@@ -76,6 +76,7 @@ class TiledParameter:
             self.tiles.append(tile)
         self.modules = [Tile(tile) for tile in self.tiles]
         self.opened: list[int] | None = None
+        self._opened_version = 0
         self._class = paging.original_class(param)
         self._computing: Callable[[], bool] = bool
         self._users = list(modules)
@@ -211,7 +212,7 @@ class TiledParameter:
                 origin.put(whole, tile.data)
                 checksums.append(_checksum(origin.of(whole)))
             self._show(whole)
-        self.opened = checksums
+        self.opened, self._opened_version = checksums, self.param._version
 
     def close(self) -> None:
         """Take back what code outside of steps has made of the parameter.
@@ -227,6 +228,7 @@ class TiledParameter:
                 f"parameter {self.name!r} was given data of shape {tuple(values.shape)}, but it has shape "
                 f"{self.shape}: change the model before the strategy sets it up"
             )
+        self.note_changes()
         self.opened = None
         with torch.inference_mode(False), torch.no_grad():
             values = values.to(self.view_dtype).contiguous()
@@ -239,12 +241,19 @@ class TiledParameter:
             # A graph built outside of a step may have saved the parameter: have it refuse, not read NaN.
             torch.autograd.graph.increment_version([self.param])
 
+    def note_changes(self) -> None:
+        """Have graphs that need the tiles refuse, as autograd would, if the parameter was changed in place since."""
+        if self.opened is not None and self.param._version != self._opened_version:
+            self._opened_version = self.param._version
+            torch.autograd.graph.increment_version(self.tiles)
+
     def copy_(self, values: Tensor) -> None:
         """Set the master, tile by tile."""
         with torch.no_grad():
             values = values.expand(self.shape).contiguous()
             for index, tile in enumerate(self.tiles):
                 tile.data.copy_(self._origin(index).of(values).reshape(tile.shape))
+            torch.autograd.graph.increment_version(self.tiles)
 
 
 def _checksum(tensor: Tensor) -> int:
