@@ -60,6 +60,12 @@ def sees_gradients(package: str, trainer: Any, module: Any) -> bool:
     )
 
 
+def zeroes_itself(package: str, module: Any) -> bool:
+    """Whether gradients are zeroed between steps by code of the user's, if they are, and not by Lightning's loop."""
+    overridden = part(package, "utilities.model_helpers").is_overridden
+    return not module.automatic_optimization or overridden("optimizer_zero_grad", module)
+
+
 def needs_whole_checkpoints(trainer: Any) -> bool:
     """Whether a checkpoint is used as soon as it has been saved: linked to as the last one, or sent to a logger."""
     links = any(getattr(callback, "save_last", None) == "link" for callback in trainer.checkpoint_callbacks)

@@ -25,6 +25,7 @@ from lightning_zinf.config import (
 from lightning_zinf.engine.construction import paged_construction
 from lightning_zinf.engine.partition import describe_activations, engine_of, forget, partition, tiers
 from lightning_zinf.engine.shared_pages import SharedPager
+from lightning_zinf.optim.binding import binding_of
 from lightning_zinf.optimizers import bind_all, planes_of, rules_of, states_to_keep
 from lightning_zinf.planning.report import memory_text
 from lightning_zinf.strategy_checkpoints import CheckpointsPart
@@ -138,6 +139,8 @@ class SetupPart(CheckpointsPart):
         if bind:
             assert engine is not None
             bind_all(optimizers, rules, engine, states)
+            for optimizer in optimizers:
+                binding_of(optimizer).watches = _compat.zeroes_itself(self.package, module)
             self.optimizers = self._optimizers  # so that Lightning wraps them as the classes that we made them
 
     def _equal(self, old: PartitionConfig, new: PartitionConfig) -> bool:

@@ -320,9 +320,10 @@ class Engine(Hooks):
         the guards of ours would raise in ``module.to(...)``; the next run starts without gradients anyway.
         """
         self._running = False
-        if self.reducer is not None:
-            for unit in self.units:
-                for buffer in unit.buffers:
+        for unit in self.units:
+            for buffer in unit.buffers:
+                buffer.gradients.spent.clear()
+                if self.reducer is not None:
                     buffer.gradients.clear(range(len(buffer.params)))
 
     def release_host(self) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_zinf.engine.guard import KeptGradient, guard, lift, plainly
+from lightning_zinf.engine.spent import SpentGradients
 from lightning_zinf.engine.squares import Squares
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ class Gradients(Protocol):
 
     Attributes:
         squares: What is known of their norm.
+        spent: What steps have used up.
     """
 
     squares: Squares
+    spent: SpentGradients
 
     def take(self, index: int) -> None:
         """Parameter ``index`` has a gradient: move it to where it is kept."""
@@ -107,6 +110,7 @@ class WholeGradients:
     def __init__(self, buffer: FlatBuffer) -> None:
         self._buffer = buffer
         self.squares = Squares(buffer.name, buffer.context.counters)
+        self.spent = SpentGradients(buffer.params)
         self._sums: dict[int, Tensor] = {}
         self._arrived: dict[int, Tensor] = {}
         self._tickets: list[EventTicket] = []
@@ -181,10 +185,12 @@ class WholeGradients:
                 self._fold(index)
             param.grad = guard(param)
             self._guarded.add(index)
+        self.spent.put()
 
     @plainly
     def _show(self) -> None:
         """Take the guards away; one that the user has taken away means that the gradient was to go."""
+        self.spent.lift()
         for index in lift(self._buffer.params, self._guarded):
             self._sums.pop(index, None)
             self._arrived.pop(index, None)
@@ -224,6 +230,7 @@ class WholeGradients:
     def clear(self, indices: Collection[int]) -> None:
         """Forget the gradients of these parameters."""
         self.squares.forget()
+        self.spent.forget(indices)
         self._wait()
         for index in indices:
             self._sums.pop(index, None)

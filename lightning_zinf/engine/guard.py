@@ -23,6 +23,7 @@ from lightning_zinf.parameters import METADATA, stand_in
 _ALLOWED = METADATA | {getattr(Tensor, name).__get__ for name in ("dtype", "device", "is_cpu", "is_cuda", "grad_fn")}
 P = ParamSpec("P")
 R = TypeVar("R")
+K = TypeVar("K", bound="KeptGradient")
 
 
 class KeptGradient(Tensor):
@@ -40,22 +41,57 @@ class KeptGradient(Tensor):
         if func in _ALLOWED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "a function")
-        raise RuntimeError(
-            f"{name}: the zinf strategy keeps this gradient elsewhere (as shards over ranks, in host memory, on NVMe, "
-            "or summed in float32), so p.grad has no values. Clip with Trainer(gradient_clip_val=...) or "
-            "trainer.strategy.clip_grad_norm_(max_norm), and read the norm with trainer.strategy.grad_norm()"
-        )
+        raise RuntimeError(f"{getattr(func, '__name__', 'a function')}: {cls.why}")
+
+    why = (
+        "the zinf strategy keeps this gradient elsewhere (as shards over ranks, in host memory, on NVMe, or summed in "
+        "float32), so p.grad has no values. Clip with Trainer(gradient_clip_val=...) or "
+        "trainer.strategy.clip_grad_norm_(max_norm), and read the norm with trainer.strategy.grad_norm()"
+    )
+    """What those who use the values are told."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return "KeptGradient(kept by the zinf strategy)"
 
 
+class SpentGradient(KeptGradient):
+    """Stands for a gradient that a step has used up, or for zeros, see ``spent.py``.
+
+    Attributes:
+        zeroed: Whether it has been zeroed in place.
+    """
+
+    zeroed = False
+    why = (
+        "an optimizer step of the zinf strategy has used this gradient up, or it has been set to zero, so p.grad has "
+        "no values until the next backward: look at it before the step"
+    )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Take note of ``zero_()``, which ``module.zero_grad(set_to_none=False)`` calls."""
+        if func is Tensor.zero_:
+            args[0].zeroed = True
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return "SpentGradient(used by a step of the zinf strategy)"
+
+
 def guard(like: Tensor) -> Tensor:
     """Return what to put in ``like.grad``."""
+    return guard_of(KeptGradient, like)
+
+
+def guard_of(kind: type[K], like: Tensor) -> K:
+    """Return what to put in ``like.grad``, of a class."""
     with torch._C.DisableTorchFunctionSubclass():
         value = stand_in(like.shape, like.dtype, like.device)
-        return torch.Tensor._make_subclass(KeptGradient, value, False)
+        made: K = torch.Tensor._make_subclass(kind, value, False)
+    return made
 
 
 def dropped(params: Sequence[nn.Parameter], guarded: set[int]) -> list[int]:

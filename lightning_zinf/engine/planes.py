@@ -7,7 +7,7 @@ Note [Two views of a weight] in ``buffer.py``. Several ranks have equal shards o
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_zinf import parameters as paging
 from lightning_zinf.config import Tier
+from lightning_zinf.engine.gradients import Piece
 from lightning_zinf.layout import FlatLayout
 from lightning_zinf.memory.state import LOW_PLANES, State
 from lightning_zinf.ops import join_master, split_master
@@ -137,6 +138,14 @@ class Planes:
         """Cut a flat tensor into one view per parameter."""
         layout = self.layout
         return [flat[o : o + n].view(s) for o, n, s in zip(layout.offsets, layout.numels, layout.shapes, strict=True)]
+
+    def zero_pieces(self, indices: Collection[int]) -> list[Piece]:
+        """Return a gradient of zeros for each of these parameters: this rank's part, where updates run."""
+        start, stop = self.shard_range
+        device = self.device if self.on_device or self.context.aliased else torch.device("cpu")
+        parts = {index: (low - start, numel) for index, _, low, numel in self.layout.overlaps(start, stop)}
+        found = [(index, *parts.get(index, (0, 0))) for index in sorted(indices)]
+        return [Piece(index, first, torch.zeros(numel, device=device)) for index, first, numel in found]
 
     # ------------------------------------------------------------------ changes
 

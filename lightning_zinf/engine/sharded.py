@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_zinf.comm.group import Collectives, Reduction
 from lightning_zinf.engine.gradients import Piece, refuse_sparse
 from lightning_zinf.engine.guard import KeptGradient, dropped, guard, lift, plainly
+from lightning_zinf.engine.spent import SpentGradients
 from lightning_zinf.engine.squares import Squares
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class ShardedGradients:
     def __init__(self, buffer: FlatBuffer) -> None:
         self._buffer = buffer
         self.squares = Squares(buffer.name, buffer.context.counters)
+        self.spent = SpentGradients(buffer.params)
         self._sums: dict[int, Tensor] = {}
         self._shard: Tensor | None = None
         self._have: set[int] = set()
@@ -54,10 +56,12 @@ class ShardedGradients:
             if grad is not None or index in self._have or index in self._sums:
                 param.grad = guard(param)
                 self._guarded.add(index)
+        self.spent.put()
 
     @plainly
     def show(self) -> None:
         """Take the guards away again."""
+        self.spent.lift()
         self._drop(lift(self._buffer.params, self._guarded))
         for index, grad in self._hidden.items():
             self._buffer.params[index].grad = grad
@@ -215,6 +219,7 @@ class ShardedGradients:
     def clear(self, indices: Collection[int]) -> None:
         """Forget the gradients of these parameters."""
         self.squares.forget()
+        self.spent.forget(indices)
         for index in indices:
             self._sums.pop(index, None)
             self._hidden.pop(index, None)

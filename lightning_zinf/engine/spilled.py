@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_zinf.engine.gradients import Piece, refuse_sparse
 from lightning_zinf.engine.guard import KeptGradient, guard, lift, plainly
+from lightning_zinf.engine.spent import SpentGradients
 from lightning_zinf.engine.squares import Squares, sums_of_squares
 from lightning_zinf.memory.nvme import Extent
 from lightning_zinf.memory.slots import Slot
@@ -44,6 +45,7 @@ class SpilledGradients:
         self._buffer = buffer
         self._context = buffer.context
         self.squares = Squares(buffer.name, buffer.context.counters)
+        self.spent = SpentGradients(buffer.params)
         nbytes = buffer.weight_bytes
         self._fresh = buffer.context.nvme.allocate(nbytes, f"{buffer.name}/gradient")
         self._sum: Extent | None = None
@@ -165,10 +167,12 @@ class SpilledGradients:
             if not isinstance(param.grad, KeptGradient):
                 param.grad = guard(param)
                 self._guarded.add(index)
+        self.spent.put()
 
     @plainly
     def _show(self) -> None:
         """Take the guards away; one that the user has taken away means that the gradient was to go."""
+        self.spent.lift()
         self._forget(lift(self._buffer.params, self._guarded))
 
     def _forget(self, indices: Collection[int]) -> None:
@@ -244,6 +248,7 @@ class SpilledGradients:
     @plainly
     def clear(self, indices: Collection[int]) -> None:
         """Forget the gradients of these parameters."""
+        self.spent.forget(indices)
         self._forget(list(indices))
         for index in indices:
             self._buffer.params[index].grad = None

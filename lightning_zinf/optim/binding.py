@@ -17,13 +17,14 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_zinf.engine.spent import refuse_spent
 from lightning_zinf.engine.squares import sums_of_squares
 from lightning_zinf.monitor.trace import span
 from lightning_zinf.optim.adam import AdamRule, is_fused_adam
@@ -61,6 +62,8 @@ class OptimizerBinding:
         self.wants_norm = False  # whether the coming backward may sum the squares of gradients as they are complete
         self.average: float | None = None  # weight of the old running average in the coming step
         self.averaged = 0  # updates that it has had
+        self.watches = False  # whether gradients may not be zeroed between steps, as the loop is the user's own
+        self._taken_early: list[tuple[FlatBuffer, Collection[int]]] = []  # gradients that the coming step has used
         self._optimizer = weakref.ref(optimizer)
         for group in optimizer.param_groups:
             self.adopt_group(group)
@@ -179,6 +182,7 @@ class OptimizerBinding:
                 yield
             return
         groups = {id(buffer): (buffer, own) for buffer, own in self._by_buffer()}
+        self._taken_early.clear()
 
         def apply(unit: Unit) -> None:
             updates: list[tuple[FlatBuffer, Update]] = []
@@ -186,10 +190,16 @@ class OptimizerBinding:
                 if id(buffer) not in groups or not buffer.deferred:
                     continue
                 own = groups[id(buffer)][1]
+                try:
+                    self._refuse_spent(((buffer, own),))
+                except ValueError:
+                    self.engine.early.updated.discard(unit.index)
+                    raise
                 if pieces := buffer.gradients.collect(own, keep=False):
                     update = self.rule.capture(buffer, pieces, own, 1.0, None)  # the gradients have their values
                     update.touches = [piece.index for piece in pieces]
                     updates.append((buffer, update))
+                    self._taken_early.append((buffer, update.touches))
             self.engine.pager.update_now(unit, updates)
 
         try:
@@ -207,31 +217,64 @@ class OptimizerBinding:
 
     def step(self) -> None:
         """Take one optimizer step, now or just in time."""
+        self._refuse_spent(self._by_buffer())
         scale, clip_value, average = self.grad_scale * self.unscale, self.clip_value, self.average
         self.forget_scaling()
         self.averaged += average is not None
+        changed = self.watches and (scale != 1.0 or clip_value is not None)  # plain torch clips what p.grad has
         self.engine.reduce_gradients()
         self.engine.begin_updates("an optimizer step")
         for buffer, groups in self._by_buffer():
-            pieces = buffer.gradients.collect(groups, keep=not buffer.deferred)
+            spent, keep = buffer.gradients.spent, not buffer.deferred and not changed
+            zeros = spent.zeros(groups)
+            pieces = buffer.gradients.collect(groups, keep=keep)
+            source = pieces[0].source if pieces else None
+            if zeros := zeros.difference(piece.index for piece in pieces):
+                pieces = sorted([*pieces, *buffer.zero_pieces(zeros)], key=lambda piece: piece.index)
             if not pieces and average is None:
                 continue
             update = self.rule.capture(buffer, pieces, groups, scale, clip_value)
-            update.average, update.source = average, pieces[0].source if pieces else None
+            update.average, update.source = average, source
             update.touches = [piece.index for piece in pieces]
             self.engine.update(buffer, update)
             buffer.gradients.squares.forget()
+            if not keep:
+                self._mark_spent(buffer, update.touches)
+        while self._taken_early:
+            self._mark_spent(*self._taken_early.pop())
         self.engine.between_steps = True
         self.engine.stepped()
+
+    def _refuse_spent(self, buffers: Iterable[tuple[FlatBuffer, Collection[int]]]) -> None:
+        """Refuse gradients that an earlier step has used up.
+
+        Raises:
+            ValueError: If there are any.
+        """
+        if self.watches:
+            left = [(buffer, buffer.gradients.spent.left(indices)) for buffer, indices in buffers]
+            refuse_spent([buffer.names[index] for buffer, indices in left for index in indices])
+
+    def _mark_spent(self, buffer: FlatBuffer, indices: Collection[int]) -> None:
+        if self.watches:
+            buffer.gradients.spent.mark(indices)
 
     def forget_scaling(self) -> None:
         """Forget what the gradients of the coming step were to be scaled and clipped by, and averaging."""
         self.unscale, self.grad_scale, self.clip_value, self.average = 1.0, 1.0, None, None
 
-    def zero_grad(self) -> None:
-        """Forget the gradients of this optimizer's parameters."""
+    def zero_grad(self, *, set_to_none: bool = True) -> None:
+        """Forget the gradients of this optimizer's parameters.
+
+        Args:
+            set_to_none: If False, and where the loop is the user's own, a parameter that has had one takes the coming
+                step with a gradient of zeros, if it gets no other.
+        """
         for buffer, groups in self._by_buffer():
+            spent = buffer.gradients.spent
+            zeros = [] if set_to_none or not self.watches else spent.present(groups)
             buffer.gradients.clear(groups)
+            spent.zero(zeros)
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
@@ -270,7 +313,7 @@ def _step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None)
 
 
 def _zero_grad(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
-    binding_of(self).zero_grad()
+    binding_of(self).zero_grad(set_to_none=set_to_none)
 
 
 def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
