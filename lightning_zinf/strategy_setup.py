@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from lightning_zinf.config import (
     TilingConfig,
     nvme_paths,
 )
+from lightning_zinf.conversions import guard_conversions
 from lightning_zinf.engine.construction import paged_construction
 from lightning_zinf.engine.partition import describe_activations, engine_of, forget, partition, tiers
 from lightning_zinf.engine.shared_pages import SharedPager
@@ -39,6 +41,29 @@ REFUSED_CALLBACKS = {
     "WeightAveraging": f"{_COPIES}: use lightning_zinf.ZinfEMA for an exponential moving average",
     "ModelPruning": "it puts new parameters into the module, which are not partitioned: prune before or after training",
 }
+
+
+def refuse_take_over(module: LightningModule, ours: type) -> None:
+    """Refuse that another strategy runs a module whose weights come and go by messages between ranks.
+
+    Its own collectives would wait for ranks that wait for such a message.
+
+    Args:
+        module: The module.
+        ours: What the class of the strategy is a subclass of, if it is ours.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    engine, trainer = engine_of(module), module._trainer
+    strategy = None if trainer is None or trainer.state.status != "running" else trainer.strategy
+    if strategy is None or isinstance(strategy, ours) or engine is None or engine.rounds is None:
+        return
+    if not all(buffer.unseen for unit in engine.units for buffer in unit.buffers):
+        raise ValueError(
+            f"{type(strategy).__name__} cannot run this module: its weights are shards over the ranks, which the zinf "
+            "strategy brings as they are used. Run it with the zinf strategy, or load a checkpoint into a new module"
+        )
 
 
 class SetupPart(CheckpointsPart):
@@ -132,6 +157,7 @@ class SetupPart(CheckpointsPart):
             more = tuple(p for c in module.trainer.callbacks for p in getattr(c, "state_planes", ()))  # type: ignore[attr-defined]
             planes = {i: p + more for i, p in planes_of(optimizers, rules).items()} if bind else None
             engine = partition(module, config, trained, ranks, planes)
+            guard_conversions(module, partial(refuse_take_over, module, SetupPart))
             if self._building is not None:
                 self._building.give_back()
         self._building = None

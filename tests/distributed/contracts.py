@@ -135,6 +135,20 @@ def several_trainers(rank: int, size: int, folder: Path, strategies: list[Any]) 
     return found
 
 
+def taken_over(rank: int, size: int, folder: Path, first: Any, other: str) -> tuple[list[str], dict[str, Tensor]]:
+    """Fit; have another strategy fit, test and fit again; fit again. Return what the others said, and the weights."""
+    model, said = net(), []
+    build(size, made(first), folder).fit(model, loader(8))
+    for call in ("fit", "test", "fit"):
+        try:
+            getattr(build(size, other, folder), call)(model, loader(8))
+        except ValueError as error:
+            said.append(str(error))
+    model.to(torch.device("cpu"))
+    build(size, made(first), folder).fit(model, loader(8))
+    return said, {k: v.clone() for k, v in lightning_zinf.full_state_dict(model).items()}
+
+
 def backward_alone(rank: int, size: int, folder: Path, strategy: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Fit, move the module, and have rank 1 look at gradients of its own; fit again."""
     model = net()

@@ -221,6 +221,16 @@ def test_several_trainers_on_one_module_as_ddp(strategies: list[Any], tmp_path: 
         assert_close(mine, oracle)
 
 
+@pytest.mark.parametrize("setting", ["nvme", "stage-3"])
+def test_another_strategy_cannot_take_shards_over(setting: str, tmp_path: Path) -> None:
+    """It hung: DDP's collectives waited for ranks that waited for weights."""
+    theirs = two(contracts.several_trainers, tmp_path, ["ddp", "ddp"])[0][-1]
+    for said, weights in two(contracts.taken_over, tmp_path, SETTINGS[setting], "ddp"):
+        assert len(said) == 3
+        assert all("DDPStrategy cannot run this module: its weights are shards over the ranks" in s for s in said)
+        assert_close(weights, theirs)
+
+
 @pytest.mark.parametrize("setting", ["stage-1", "stage-2"])
 def test_a_rank_alone_may_call_backward_after_fit(setting: str, tmp_path: Path) -> None:
     """Where every rank has all weights, what one of them does after ``fit`` is nobody else's business."""
