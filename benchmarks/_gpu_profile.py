@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -22,16 +23,23 @@ class StepOnGpu:
         self._begin = time.perf_counter()
 
     def report(self) -> dict[str, float]:
-        """Return ``gpu_idle`` (share of the time without a kernel), ``h2d_bytes`` and ``d2h_bytes``."""
+        """Return ``gpu_idle`` (share of the time without a kernel), ``h2d_bytes`` and ``d2h_bytes``.
+
+        Where the profiler fails, which is said on stderr, they are NaN: the steps have been timed without it.
+        """
         import torch
 
         torch.cuda.synchronize()
         seconds = time.perf_counter() - self._begin
-        self._profile.stop()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            self._profile.export_chrome_trace(str(path))
-            return summary(json.loads(path.read_text())["traceEvents"], seconds)
+        try:
+            self._profile.stop()
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "trace.json"
+                self._profile.export_chrome_trace(str(path))
+                return summary(json.loads(path.read_text())["traceEvents"], seconds)
+        except (RuntimeError, OSError, LookupError, ValueError) as error:
+            print(f"the profiler failed: {type(error).__name__}: {error}", file=sys.stderr)
+            return dict.fromkeys(("gpu_idle", "h2d_bytes", "d2h_bytes"), float("nan"))
 
 
 def summary(events: Iterable[dict[str, Any]], seconds: float) -> dict[str, float]:
@@ -49,6 +57,8 @@ def summary(events: Iterable[dict[str, Any]], seconds: float) -> dict[str, float
         elif event.get("cat") == "gpu_memcpy":
             for way in moved:
                 moved[way] += event["args"]["bytes"] if way in event["name"] else 0
+    if not kernels:
+        raise LookupError("the trace has no kernels")
     busy, reached = 0.0, float("-inf")
     for begin, end in sorted(kernels):
         busy += max(0.0, end - max(begin, reached))

@@ -101,6 +101,10 @@ def run(size: Size, case: str, options: Sequence[str], seconds: float, folder: s
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["(nothing on stderr)"]
         return f"exit status {done.returncode}: {lines[-1][:300]}"
+    warned = [text for text in done.stderr.splitlines() if text.startswith(("the profiler failed", "zinf:"))]
+    warned += [text for text in done.stderr.splitlines() if "UserWarning" in text and "accelerator" in text]
+    for text in warned:
+        print(f"{'':>7}{text[:200]}", flush=True)
     report: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return report
 

@@ -14,7 +14,8 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 wheels=${WHEELS:-.whl}
-export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+export PYTHONWARNINGS="ignore,always:updates of optimizer state" # that they are slow, if they are
 export ZINF_NVME_PATH=${ZINF_NVME_PATH:-$PWD}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
