@@ -72,7 +72,9 @@ class EngineContext:
         self._leaving: deque[tuple[Any, Tensor]] = deque()
         self._lent = LentBlocks()
         self._layouts: dict[tuple[Any, ...], FlatLayout] = {}
+        # One for each direction: weights on their way up must not wait behind gradients that are still computed.
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._down_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def note_change(self, name: str, checksum: int) -> None:
         """Note that code outside of compute changed weights, to be compared with what other ranks changed."""
@@ -321,14 +323,15 @@ class EngineContext:
 
     def _download(self, device: Tensor, host: Tensor) -> EventTicket | None:
         with torch.no_grad():
-            if self._copy_stream is None:
+            if self._down_stream is None:
                 host.copy_(device)
                 return None
-            self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._copy_stream):
+            # That has waited for uploads, so none of them still reads the memory that is written here.
+            self._down_stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._down_stream):
                 host.copy_(device, non_blocking=True)
                 done = torch.cuda.Event()
-                done.record(self._copy_stream)
+                done.record(self._down_stream)
             self._keep_until(done, device)
             return EventTicket(done, host, device.nbytes)
 
