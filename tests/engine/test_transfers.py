@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from driver import Where, session
 from models import ZOO
 from oracle import Recipe, assert_same
 from torch import Tensor
 
-from lightning_zinf.engine import squares
+from lightning_zinf.comm.group import Ranks, ranks_of
+from lightning_zinf.engine import partition, squares
 from lightning_zinf.engine.context import EngineContext
 from lightning_zinf.memory.machine import free_device_bytes
 from lightning_zinf.memory.slots import Slot
@@ -127,3 +133,59 @@ def test_what_is_free_when_a_model_is_partitioned(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 600)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     assert free_device_bytes(torch.device("cuda", 0)) == 1500
+
+
+class Download:
+    """A copy that happens when it is waited for, or now and then when it is asked whether it is done."""
+
+    def __init__(self, device: Tensor, host: Tensor, noise: random.Random) -> None:
+        self._ends, self._noise, self._over = (device, host), noise, False
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self._over:
+            self._ends[1].copy_(self._ends[0])
+            self._over = True
+        return self._ends[0].nbytes
+
+    def done(self) -> bool:
+        if self._noise.random() < 0.3:
+            self.wait()
+        return self._over
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "where",
+    [
+        Where("cpu", "cpu", aliased=False, ahead=True),
+        Where("none", "nvme", aliased=False, early=True),
+        Where("nvme", "nvme", aliased=False, tight=True),
+    ],
+    ids=str,
+)
+def test_what_comes_down_is_read_when_it_is_there(
+    where: Where, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, noise = Recipe(clip_norm=None if where.early else 1.0, accumulate=2, steps=4), random.Random(0)
+    with session(ZOO["gpt"], tmp_path / "expected", where, "bf16-mixed", recipe) as it:
+        expected = it.train().result()
+    monkeypatch.setattr(EngineContext, "_download", lambda self, device, host: Download(device, host, noise))
+    with (
+        _one_rank(monkeypatch) if shared else nullcontext() as ranks,
+        session(ZOO["gpt"], tmp_path / "later", where, "bf16-mixed", recipe, ranks=ranks) as it,
+    ):
+        assert (it.engine.reducer is not None) == shared
+        found = it.train().result()
+    assert_same(found, expected)
+
+
+@contextmanager
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    """Have the engine take one rank for several, which share nothing but the code."""
+    monkeypatch.setattr(partition, "needs_no_others", lambda ranks: ranks is None)
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield ranks_of(None, timedelta(seconds=60))
+    finally:
+        dist.destroy_process_group()
