@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -99,8 +100,9 @@ def run(size: Size, case: str, options: Sequence[str], seconds: float, folder: s
     except subprocess.TimeoutExpired:
         return f"not done after {seconds:.0f} s"
     if done.returncode:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["(nothing on stderr)"]
-        return f"exit status {done.returncode}: {lines[-1][:300]}"
+        lines = [text for text in done.stderr.splitlines() if text.strip()] or ["(nothing on stderr)"]
+        raised = [text for text in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", text)]
+        return f"exit status {done.returncode}: {(raised or lines)[-1][:400]}"
     warned = [text for text in done.stderr.splitlines() if text.startswith(("the profiler failed", "zinf:"))]
     warned += [text for text in done.stderr.splitlines() if "UserWarning" in text and "accelerator" in text]
     for text in warned:
