@@ -347,9 +347,9 @@ class EngineContext:
             event, tensor = self._leaving.popleft()
             event.synchronize()
             nbytes -= tensor.nbytes
-        self._drop_left()
+        self.drop_left()
 
-    def _drop_left(self) -> None:
+    def drop_left(self) -> None:
         """Let go of what has been copied from the device."""
         while self._leaving and self._leaving[0][0].query():
             self._leaving.popleft()
@@ -359,7 +359,7 @@ class EngineContext:
         if self._copy_stream is not None:
             slot.event = torch.cuda.Event()
             slot.event.record(torch.cuda.current_stream(self.device))
-            self._drop_left()
+            self.drop_left()
 
 
 def _never() -> bool:

@@ -315,6 +315,7 @@ class DeviceWeights(_Weights):
         ticket = self._context.download(self.part(), self.host(), f"{self._buffer.name}/weight")
         if ticket is not None:
             ticket.wait()
+            self._context.drop_left()  # what is kept there is the slot, which nobody else is to seem to see
         self._write_home()
         self._unstage()
 
