@@ -57,7 +57,8 @@ def quick_init() -> Iterator[None]:
     """Let random numbers of weights be one pattern repeated, at the speed of memory."""
     import torch
 
-    pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+    # On the CPU, also where a strategy has modules made on the accelerator.
+    pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0), device="cpu") * 0.02
 
     def fill(self: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         with torch.no_grad():
