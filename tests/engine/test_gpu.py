@@ -29,7 +29,7 @@ from lightning_zinf.comm.group import Collectives, Ranks, Reduction, ranks_of
 from lightning_zinf.engine import partition as partitioning
 from lightning_zinf.engine.squares import sums_of_squares
 from lightning_zinf.monitor.counters import Counters
-from lightning_zinf.ops import AdamHyper, Segment, adam_update, reference, split_master
+from lightning_zinf.ops import AdamHyper, Segment, adam_update, cuda, reference, split_master
 
 DEVICE = torch.device("cuda", 0)
 pytestmark = [
@@ -90,9 +90,10 @@ def test_activations(recompute: bool, activations: Any, tmp_path: Path) -> None:
     assert_same(train("gpt", tmp_path, where, "bf16-mixed", Recipe()), expected)
 
 
+@pytest.mark.parametrize("update", [reference.adam_update, cuda.adam_update], ids=["reference", "kernel"])
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_on_the_device_has_the_bits_of_the_kernel(dtype: torch.dtype, decoupled: bool) -> None:
+def test_an_update_on_the_device_has_the_bits_of_the_host(dtype: torch.dtype, decoupled: bool, update: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     numel = 3 * 2**20 + 5
     master, grad = torch.randn(numel, generator=draw), torch.randn(numel, generator=draw).to(dtype)
@@ -103,9 +104,14 @@ def test_an_update_on_the_device_has_the_bits_of_the_kernel(dtype: torch.dtype, 
     for step in (1, 2, 1000):
         hyper = [AdamHyper(1e-3, 0.9, 0.999, 1e-8, 0.1, step, decoupled)]
         adam_update(*here, [Segment(0, grad, 0)], hyper, grad_scale=0.3, clip_value=0.7)
-        reference.adam_update(*there, [Segment(0, grad.to(DEVICE), 0)], hyper, grad_scale=0.3, clip_value=0.7)
+        update(*there, [Segment(0, grad.to(DEVICE), 0)], hyper, grad_scale=0.3, clip_value=0.7)
         for name, ours, theirs in zip(("weight", "residual", "exp_avg", "exp_avg_sq"), there, here, strict=True):
             assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8)), f"{name} in step {step}"
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="compiles for CUDA")
+def test_updates_on_the_device_are_not_slow() -> None:
+    assert cuda.launcher(DEVICE) is not None  # a warning says why
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
