@@ -12,6 +12,7 @@ the module over, since it moves it to its device first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ class Conversion:
                 )
 
     def __reduce__(self) -> Any:
-        """A copy leads to the copied module."""
-        return Conversion, (self._module,)
+        """A copy has the copied module's own; so what is pickled needs nothing of this package."""
+        return partial, (type(self._module)._apply, self._module)
 
 
 def guard_conversions(root: nn.Module, before: Callable[[], None]) -> None:
