@@ -111,7 +111,7 @@ def test_hooks_see_values(tmp_path: Path) -> None:
 
 
 def test_what_is_not_ours_is_never_removed(tmp_path: Path) -> None:
-    """A folder of the user's in the place of a whole checkpoint, and files of his in that of a sharded one."""
+    """A folder of the user's in the place of a checkpoint, and files of his in that of an older one."""
     _, used = fit(tmp_path, "nvme", 1)
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -121,6 +121,12 @@ def test_what_is_not_ours_is_never_removed(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="mine is a folder that is no checkpoint"):
         used.save_checkpoint(mine)
     used.strategy.state_dict_type = "sharded"
+    with pytest.raises(OSError, match="mine is a folder that is no checkpoint"):
+        used.save_checkpoint(mine)
+    assert len(list(mine.iterdir())) == 3
+    used.save_checkpoint(tmp_path / "a.ckpt")
+    for file in (tmp_path / "a.ckpt").iterdir():
+        file.rename(mine / file.name)
     for _ in range(2):
         used.save_checkpoint(mine)
     assert [(mine / n).read_text() for n in ("precious.txt", "trainer-notes.txt", "shard-plan.md")] == ["precious"] * 3
