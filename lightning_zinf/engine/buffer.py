@@ -93,14 +93,13 @@ class FlatBuffer(Planes):
 
     # ------------------------------------------------------------------ loading
 
-    def start(self, *, force: bool, patient: bool = True) -> bool:
-        """Start to bring the weights; return False if there is no slot for them now and ``force`` is not set.
+    def start(self, *, force: bool) -> bool:
+        """Start to bring the weights; return False if there is no slot for them now and ``force`` is not set."""
+        return self.weights.start(force=force, pending=bool(self.pending))
 
-        Args:
-            force: Exceed a budget rather than return False.
-            patient: Wait for slots that are being written from, rather than return False.
-        """
-        return self.weights.start(force=force, patient=patient, pending=bool(self.pending))
+    def would_wait(self) -> bool:
+        """Whether :meth:`start` would wait for slots whose content is being written."""
+        return self.weights.would_wait(pending=bool(self.pending))
 
     def prefetch_state(self, *, before_step: bool = False) -> None:
         """Start to fetch the state that updates need, as far as staging has room.

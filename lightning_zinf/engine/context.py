@@ -147,11 +147,6 @@ class EngineContext:
         return self._staging is not None
 
     @property
-    def may_go_on(self) -> bool:
-        """Whether fetching ahead had to stop for slots that were being written, and need not any more."""
-        return any(ring is not None and ring.may_go_on for ring in (self._ring, self._staging))
-
-    @property
     def has_tiles(self) -> bool:
         """Whether there is staging for state."""
         return self._tiles is not None

@@ -67,6 +67,7 @@ class Gatherer:
         self._unit_of: dict[int, Unit] = {id(b): u for u in units for b in u.buffers}
         self._by_storage: dict[int, FlatBuffer] = {}
         self._moving: set[int] = set()
+        self._put_off: Unit | None = None  # is fetched ahead next, once slots are written
         for unit in units:
             self.admit(unit)
 
@@ -87,6 +88,7 @@ class Gatherer:
 
     def expel(self, unit: Unit) -> None:
         """Forget where a unit's planes are, which are about to move; nothing of it may be pending."""
+        self._put_off = None
         self.held.pop(unit, None)
         self._moving.discard(unit.index)
         for buffer in unit.buffers:
@@ -259,7 +261,7 @@ class Gatherer:
 
     def go_on(self) -> None:
         """Go on fetching ahead, if slots had to be written first and are by now."""
-        if self.context.may_go_on:
+        if self._put_off is not None and not self._would_wait(self._put_off):
             self.prefetch()
 
     def before_backward(self, *, after_step: bool) -> None:
@@ -301,14 +303,18 @@ class Gatherer:
         While something is on its way for what comes next, the computation does not wait for slots that are still being
         written from: they are asked for again when a gradient arrives, or at the next unit.
         """
+        self._put_off = None
         under_way = any(u.state is UnitState.LOADING for u in self.held)
         for index in self.schedule.ahead(wrap=wrap):
             unit = self.units[index]
             if unit.state is not UnitState.RELEASED or not unit.moves:
                 continue
+            if under_way and self._would_wait(unit):
+                self._put_off = unit
+                return
             started: list[FlatBuffer] = []
             for buffer in unit.buffers:
-                if not buffer.start(force=False, patient=not under_way):
+                if not buffer.start(force=False):
                     for other in started:
                         other.weights.leave()
                     return
@@ -316,6 +322,9 @@ class Gatherer:
             unit.state = UnitState.LOADING
             self.held[unit] = None
             under_way = True
+
+    def _would_wait(self, unit: Unit) -> bool:
+        return unit.state is UnitState.RELEASED and any(buffer.would_wait() for buffer in unit.buffers)
 
     def release_idle(self) -> None:
         """Release every resident unit that no running frame needs."""

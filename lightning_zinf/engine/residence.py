@@ -115,6 +115,10 @@ class _Weights:
         """Whether the slot is filled, or will be without another call."""
         return self.slot is not None and (self.whole or self._gathering is not None)
 
+    def would_wait(self, *, pending: bool) -> bool:
+        """Whether :meth:`start` would wait for slots whose content is being written."""
+        return self.slot is None and self._context.ring.would_wait(self._buffer.weight_bytes, self._buffer)
+
     def drop(self) -> None:
         """Let go the memory that the shard rests in; there are no weights any more."""
         self._home = None
@@ -136,9 +140,9 @@ class _Weights:
         else:
             self._tickets.append(self._context.nvme.read(self.extent, part))
 
-    def _acquire(self, *, force: bool, patient: bool) -> bool | None:
+    def _acquire(self, *, force: bool) -> bool | None:
         """Take a slot; return whether it still has the content, or None if none is free and ``force`` is not set."""
-        got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=force, patient=patient)
+        got = self._context.ring.acquire(self._buffer.weight_bytes, self._buffer, force=force)
         if got is None:
             return None
         self.slot, hit = got
@@ -164,11 +168,11 @@ class AliasedWeights(_Weights):
         """Bytes of host memory that are taken for good."""
         return self._buffer.weight_bytes if self.persistent else 0 if self._home is None else self._home.nbytes
 
-    def start(self, *, force: bool, patient: bool, pending: bool) -> bool:
+    def start(self, *, force: bool, pending: bool) -> bool:
         """Start to bring the shard; return False if there is no slot for it now and ``force`` is not set."""
         if self.slot is not None:
             return True
-        hit = self._acquire(force=force, patient=patient)
+        hit = self._acquire(force=force)
         if hit is None:
             return False
         if hit and (self._context.comm is None or (self.whole and not pending)):
@@ -256,19 +260,30 @@ class DeviceWeights(_Weights):
         """Return where the shard is on the device."""
         return self.part() if self._home is None else self._home
 
-    def start(self, *, force: bool, patient: bool, pending: bool) -> bool:
+    def start(self, *, force: bool, pending: bool) -> bool:
         """Start to bring the shard; return False if there is no slot for it now and ``force`` is not set."""
         if self.slot is None:
-            hit = self._acquire(force=force, patient=patient)
+            hit = self._acquire(force=force)
             if hit is None:
                 return False
             self._stale = self._home is None and not hit
             if hit and not pending and self.whole:
                 self._context.counters.reused_bytes += self._buffer.weight_bytes
-        if (self._stale or pending) and not self._stage(read=True, force=force, patient=patient):
+        if (self._stale or pending) and not self._stage(read=True, force=force):
             self.leave()
             return False
         return True
+
+    def would_wait(self, *, pending: bool) -> bool:
+        """Whether :meth:`start` would wait for slots whose content is being written."""
+        if super().would_wait(pending=pending):
+            return True
+        if self._host_plane is not None or self.extent is None or self._staged is not None:
+            return False
+        here = self.slot is not None or self._context.ring.find(self._buffer) is not None
+        if here and not pending and not (self.slot is not None and self._stale):
+            return False
+        return self._context.staging.would_wait(self._buffer.shard_bytes, self._buffer)
 
     def claim(self) -> None:
         """Take a slot whose content does not matter, to be filled from the outside."""
@@ -332,11 +347,11 @@ class DeviceWeights(_Weights):
             self._context.ring.release(self.slot)
             self.slot = None
 
-    def _stage(self, *, read: bool, force: bool = True, patient: bool = True) -> bool:
+    def _stage(self, *, read: bool, force: bool = True) -> bool:
         """Have the shard in host memory; return False if there is no room for it now and ``force`` is not set."""
         if self._host_plane is not None or self.extent is None or self._staged is not None:
             return True
-        got = self._context.staging.acquire(self._buffer.shard_bytes, self._buffer, force=force, patient=patient)
+        got = self._context.staging.acquire(self._buffer.shard_bytes, self._buffer, force=force)
         if got is None:
             return False
         self._staged, hit = got

@@ -141,10 +141,6 @@ class Slot:
                 wait_all(writes)
 
 
-class _StillWritten(Exception):  # noqa: N818 (no error: who asks does not want to wait)
-    """The content of the slot that is next to go is being written."""
-
-
 class SlotRing:
     """Slots of several sizes under one byte budget.
 
@@ -168,51 +164,55 @@ class SlotRing:
         self._counters = counters
         self._slots: list[Slot] = []
         self._clock = 0  # counts releases
-        self._awaited: Slot | None = None
 
     def find(self, holder: object) -> Slot | None:
         """Return the free slot that still has the content of ``holder``."""
         return next((s for s in self._slots if s.free and s.holder is holder), None)
 
-    def acquire(
-        self, nbytes: int, holder: object, *, force: bool = False, patient: bool = True
-    ) -> tuple[Slot, bool] | None:
+    def would_wait(self, nbytes: int, holder: object) -> bool:
+        """Whether :meth:`acquire` would wait until the content of the slot that is next to go has been written."""
+        if self.find(holder) is not None or self.total + nbytes <= self._limit:
+            return False
+        for slot in self._fitting(nbytes):
+            if not slot.written:
+                return True
+            if slot.at_rest:
+                return False
+        held = self.total
+        for slot in self._free():
+            if held + nbytes <= self._limit:
+                break
+            if not slot.written:
+                return True
+            held -= slot.nbytes
+        return False
+
+    def acquire(self, nbytes: int, holder: object, *, force: bool = False) -> tuple[Slot, bool] | None:
         """Take a slot of at least ``nbytes`` for ``holder``.
 
         Args:
             nbytes: Size needed.
             holder: Whose content it will have.
             force: Exceed the budget rather than return None.
-            patient: Wait until the content of the slot that is next to go has been written; else return None if it is
-                still being written, see :attr:`may_go_on`. Taken is the same slot in either case, so runs stay alike.
 
         Returns:
             The slot and whether it still has the content of ``holder``; None if the budget is used up by slots in use.
         """
-        self._awaited = None
         found = self.find(holder)
         if found is not None:
             self._take(found, holder)
         self._come_back()
         if found is not None:
             return found, True
-        try:
-            slot = self._pick(nbytes, patient)
-            if slot is None and self._make_room(nbytes, patient):
-                slot = self._new(nbytes)
-        except _StillWritten:
-            return None
+        slot = self._pick(nbytes)
+        if slot is None and self._make_room(nbytes):
+            slot = self._new(nbytes)
         if slot is None and force:
             slot = self._overcommit(nbytes)
         if slot is None:
             return None
         slot.wait_writes(self._counters)
         return self._take(slot, holder), False
-
-    @property
-    def may_go_on(self) -> bool:
-        """Whether a slot was last refused because its content was being written, and that is done now."""
-        return self._awaited is not None and self._awaited.written
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; it keeps its content until somebody else needs it."""
@@ -251,7 +251,7 @@ class SlotRing:
             used = sum(s.nbytes for s in self._slots if not s.free)
             trace.level(self.name, used, self.total, self.budget)
 
-    def _pick(self, nbytes: int, patient: bool) -> Slot | None:
+    def _pick(self, nbytes: int) -> Slot | None:
         # A new slot is better than one with content somebody may come back for, as long as the budget lasts.
         if self.total + nbytes <= self._limit:
             try:
@@ -261,17 +261,21 @@ class SlotRing:
                     raise
                 # Less is free than when the budget was made: go on with what is there.
                 self.budget, self._kept = min(self.budget, self.total), 0
-        roof = max(2 * nbytes, nbytes + 65536)
-        used = self._used()
-        if used + nbytes <= self.budget:  # no slot so large that what is in use exceeds the budget by that alone
-            roof = min(roof, self.budget - used)
-        for slot in [s for s in self._free() if nbytes <= s.nbytes <= roof]:
-            self._rest(slot, patient)  # a request under way holds on to the memory too
+        for slot in self._fitting(nbytes):
+            slot.wait_writes(self._counters)  # a request under way holds on to the memory too
             if not slot.visible:
                 return slot
         return None
 
-    def _make_room(self, nbytes: int, patient: bool = True) -> bool:
+    def _fitting(self, nbytes: int) -> list[Slot]:
+        """Return the free slots that may be taken for so many bytes, least recently used first."""
+        roof = max(2 * nbytes, nbytes + 65536)
+        used = self._used()
+        if used + nbytes <= self.budget:  # no slot so large that what is in use exceeds the budget by that alone
+            roof = min(roof, self.budget - used)
+        return [s for s in self._free() if nbytes <= s.nbytes <= roof]
+
+    def _make_room(self, nbytes: int) -> bool:
         """Drop free slots, least recently used first, until ``nbytes`` more fit."""
         free = self._free()
         if nbytes and self.total - sum(s.nbytes for s in free) + nbytes > self._limit:
@@ -279,17 +283,10 @@ class SlotRing:
         for slot in free:
             if self.total + nbytes <= self._limit:
                 break
-            self._rest(slot, patient)
+            slot.wait_writes(self._counters)
             self._counters.orphaned_slots += slot.visible
             self._drop(slot)
         return True
-
-    def _rest(self, slot: Slot, patient: bool) -> None:
-        """Wait until nothing is being written from a slot."""
-        if not (patient or slot.written):
-            self._awaited = slot
-            raise _StillWritten
-        slot.wait_writes(self._counters)
 
     def _come_back(self, nbytes: int = 0) -> None:
         """Give back what there is beyond the limit, as far as it is at rest.

@@ -246,29 +246,40 @@ def test_whatever_happens_content_and_budget_are_kept(steps: list[tuple[int, int
         assert ring.peak <= ring.budget or counters.overcommits > 0
 
 
-def test_who_does_not_want_to_wait_gets_the_same_slot_once_it_is_written() -> None:
+def test_who_asks_first_need_not_wait_for_what_is_being_written() -> None:
     ring, counters = ring_of(2)
+    assert not ring.would_wait(PAGE, "a")
     first, second = taken(ring, "a"), taken(ring, "b")
     write = Request()
     first.writes.append(write)
     ring.release(first)
     ring.release(second)
-    assert ring.acquire(PAGE, "c", patient=False) is None  # and not the one that was used later
-    assert not ring.may_go_on
-    assert ring.acquire(PAGE, "b", patient=False) == (second, True)
-    assert ring.acquire(PAGE, "c", patient=False) is None
+    assert ring.would_wait(PAGE, "c")  # for the first, which is next to go
+    assert ring.would_wait(2 * PAGE, "c")
+    assert not ring.would_wait(PAGE, "a")
+    assert not ring.would_wait(PAGE, "b")
+    assert write.waits == 0
     write.waits += 1  # it is done, and nobody has waited for it
-    assert ring.may_go_on
-    assert ring.acquire(PAGE, "c", patient=False) == (first, False)
-    assert not ring.may_go_on
+    assert not ring.would_wait(PAGE, "c")
+    assert ring.acquire(PAGE, "c") == (first, False)
     assert counters.overcommits == 0
 
 
-def test_nothing_is_given_back_for_who_does_not_want_to_wait() -> None:
-    ring, _ = ring_of(2)
+def test_where_there_is_no_slot_at_all_nobody_would_wait() -> None:
+    ring, _ = ring_of(1)
     slot = taken(ring, "a")
     slot.writes.append(Request())
-    ring.release(slot)
-    assert ring.acquire(2 * PAGE, "b", patient=False) is None
-    assert ring.total == PAGE
-    assert ring.acquire(PAGE, "a") == (slot, True)
+    assert not ring.would_wait(PAGE, "b")
+    assert ring.acquire(PAGE, "b") is None
+
+
+def test_a_slot_that_somebody_sees_is_not_the_next_to_go() -> None:
+    ring, _ = ring_of(2)
+    first, second = taken(ring, "a"), taken(ring, "b")
+    seen = first.memory[:8]
+    second.writes.append(Request())
+    ring.release(first)
+    ring.release(second)
+    assert ring.would_wait(PAGE, "c")
+    del seen
+    assert not ring.would_wait(PAGE, "c")
