@@ -13,7 +13,7 @@ TRAIN_CONFIG ?= configs/gpt_nvme.yaml
 # Number of compile and test jobs. A large machine is not taken whole: a sanitized compile needs up to 1 GB a job.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -le 8 ] && echo "$$n" || echo 8)
 
-CXX_SOURCES = $(shell find ops -name '*.cpp' -o -name '*.h')
+CXX_SOURCES = $(shell find ops tests/simdevice -name '*.cpp' -o -name '*.h')
 # The package is installed in place (editable), so only what is compiled makes an installation stale.
 BUILD_INPUTS := pyproject.toml constraints.txt $(shell find ops \( -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt \) \
 	-not -path '*/tests/*')

@@ -20,6 +20,7 @@ from lightning_zinf.memory.nvme import NvmeStore
 from lightning_zinf.memory.pool import LentBlocks
 from lightning_zinf.memory.slots import Slot, SlotRing
 from lightning_zinf.memory.state import NvmeState, ResidentState, State
+from lightning_zinf.memory.streams import module_of
 from lightning_zinf.memory.tiles import TileRing
 from lightning_zinf.monitor.counters import Counters
 from lightning_zinf.ops import host_empty
@@ -72,9 +73,10 @@ class EngineContext:
         self._leaving: deque[tuple[Any, Tensor]] = deque()
         self._lent = LentBlocks()
         self._layouts: dict[tuple[Any, ...], FlatLayout] = {}
+        self._module = module_of(device)
         # One for each direction: weights on their way up must not wait behind gradients that are still computed.
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._down_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copy_stream = None if self._module is None else self._module.Stream(device)
+        self._down_stream = None if self._module is None else self._module.Stream(device)
 
     def note_change(self, name: str, checksum: int) -> None:
         """Note that code outside of compute changed weights, to be compared with what other ranks changed."""
@@ -194,8 +196,8 @@ class EngineContext:
             try:
                 self.drain()
             finally:
-                if self._copy_stream is not None:
-                    torch.cuda.synchronize(self.device)  # copies from and to memory that goes now
+                if self._module is not None:
+                    self._module.synchronize(self.device)  # copies from and to memory that goes now
         finally:
             self._leaving.clear()
             self._lent.forget()
@@ -229,8 +231,8 @@ class EngineContext:
         self._scratch.clear()
 
     def allocate_host(self, nbytes: int) -> Tensor:
-        """Return ``nbytes`` of zeroed, page-aligned host memory, pinned if a CUDA device will copy from or to it."""
-        return host_pinned(nbytes) if self.device.type == "cuda" else host_empty(nbytes)
+        """Return ``nbytes`` of zeroed, page-aligned host memory, pinned if a device will copy from or to it."""
+        return host_empty(nbytes) if self.device.type == "cpu" else host_pinned(nbytes, self.device.type)
 
     def allocate_unpinned(self, nbytes: int) -> Tensor:
         """Return ``nbytes`` of zeroed, page-aligned host memory that only the host and the disk use."""
@@ -262,7 +264,7 @@ class EngineContext:
                 f"{error}"
             ) from error
 
-    # ------------------------------------------------------------------ copies (CUDA parts not verified on a GPU yet)
+    # ------------------------------------------------------------------ copies (not verified on a GPU yet)
 
     def upload(self, host: Tensor, slot: Slot, device: Tensor, name: str) -> EventTicket | None:
         """Copy ``host`` to ``device``, after whoever used that memory before has finished.
@@ -284,10 +286,10 @@ class EngineContext:
 
     def _upload(self, host: Tensor, slot: Slot, device: Tensor) -> EventTicket | None:
         with torch.no_grad():
-            if self._copy_stream is None:
+            if self._module is None or self._copy_stream is None:
                 device.copy_(host)
                 return None
-            compute = torch.cuda.current_stream(self.device)
+            compute = self._module.current_stream(self.device)
             # The event tells when those are done that used the slot before it was given back. It says nothing of what
             # was queued since then, nor of other memory.
             event, slot.event = slot.event, None
@@ -295,9 +297,9 @@ class EngineContext:
                 self._copy_stream.wait_stream(compute)
             else:
                 self._copy_stream.wait_event(event)
-            with torch.cuda.stream(self._copy_stream):
+            with self._module.stream(self._copy_stream):
                 device.copy_(host, non_blocking=True)
-                done = torch.cuda.Event()
+                done = self._module.Event()
                 done.record(self._copy_stream)
             compute.wait_event(done)
             ticket = EventTicket(done, host, host.nbytes)
@@ -318,14 +320,14 @@ class EngineContext:
 
     def _download(self, device: Tensor, host: Tensor) -> EventTicket | None:
         with torch.no_grad():
-            if self._down_stream is None:
+            if self._module is None or self._down_stream is None:
                 host.copy_(device)
                 return None
             # That has waited for uploads, so none of them still reads the memory that is written here.
-            self._down_stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._down_stream):
+            self._down_stream.wait_stream(self._module.current_stream(self.device))
+            with self._module.stream(self._down_stream):
                 host.copy_(device, non_blocking=True)
-                done = torch.cuda.Event()
+                done = self._module.Event()
                 done.record(self._down_stream)
             self._keep_until(done, device)
             return EventTicket(done, host, device.nbytes)
@@ -351,9 +353,9 @@ class EngineContext:
 
     def mark_used(self, slot: Slot) -> None:
         """Note on the compute stream that whoever used ``slot`` is done with it."""
-        if self._copy_stream is not None:
-            slot.event = torch.cuda.Event()
-            slot.event.record(torch.cuda.current_stream(self.device))
+        if self._module is not None:
+            slot.event = self._module.Event()
+            slot.event.record(self._module.current_stream(self.device))
             self.drop_left()
 
 
@@ -371,7 +373,7 @@ def _nobody(*_: Any) -> None:
 
 @dataclass
 class EventTicket:
-    """A copy on a CUDA stream; keeps its host memory alive until it is waited for."""
+    """A copy on a stream; keeps its host memory alive until it is waited for."""
 
     event: Any
     keep: Tensor | None = field(repr=False)

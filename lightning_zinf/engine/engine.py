@@ -21,6 +21,7 @@ from lightning_zinf.engine.units import Unit
 from lightning_zinf.memory.placement import Placement
 from lightning_zinf.memory.planner import Kept, Plan
 from lightning_zinf.memory.planner.speeds import Speeds, may_choose
+from lightning_zinf.memory.streams import module_of
 from lightning_zinf.optim.update import Update
 from lightning_zinf.parameters import owner_of
 
@@ -91,8 +92,8 @@ class Engine(Hooks):
         saved = [profile.saved.get(i, 0) for i in range(count)]
         saved[-1] += profile.saved.get(-1, 0)  # what could not be told apart is the root's
         staying = [profile.staying.get(i, 0) for i in range(count)]
-        device = self.context.device
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        module = module_of(self.context.device)
+        peak = 0 if module is None else int(module.max_memory_allocated(self.context.device))
         mine = [samples if seen else 0, int(-1 in profile.saved), peak, *saved, *staying]
         form = f"<{len(mine)}q"
         told = [struct.pack(form, *mine)]

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_zinf.engine.spans import span_of
 from lightning_zinf.memory.machine import process_bytes
+from lightning_zinf.memory.streams import module_of
 
 Kind = tuple[object, ...]
 """What a kind of training step is: see :func:`kind_of`."""
@@ -137,6 +138,5 @@ class StepProfile:
             self.saved, self.staying = saved, staying
 
     def _used(self) -> int:
-        if self._device.type == "cuda":
-            return int(torch.cuda.memory_allocated(self._device))
-        return process_bytes()
+        module = module_of(self._device)
+        return process_bytes() if module is None else int(module.memory_allocated(self._device))

@@ -146,6 +146,8 @@ class _Weights:
         if got is None:
             return None
         self.slot, hit = got
+        if hit:  # compute may use it from here on without a copy, which the event says nothing of
+            self.slot.event = None
         self.whole = self._context.comm is None or (hit and self.whole)
         return hit
 

@@ -8,7 +8,7 @@ since the source may be freed or changed meanwhile. A copy to the device goes to
 so it too waits for what was queued there before (the memory may have been freed by it). Compute waits for it when it is
 about to use what comes (``arrive``), not before: what is copied ahead comes while it computes something else.
 
-The CUDA part has not run on a GPU yet; on a CPU the copies are done when the call returns.
+On a CPU, and on devices without streams, the copies are done when the call returns.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_zinf.memory.streams import module_of
 from lightning_zinf.monitor.counters import Counters
 
 
 @dataclass
 class Copy:
-    """A copy on a CUDA stream; keeps both ends alive until it is waited for."""
+    """A copy on a stream; keeps both ends alive until it is waited for."""
 
     event: Any
     keep: tuple[Tensor, ...] = field(repr=False)
@@ -53,9 +54,9 @@ class DeviceLink:
     def __init__(self, device: torch.device, counters: Counters) -> None:
         self._device = device
         self._counters = counters
-        cuda = device.type == "cuda"
-        self._down_stream = torch.cuda.Stream(device) if cuda else None
-        self._up_stream = torch.cuda.Stream(device) if cuda else None
+        self._module = module_of(device)
+        self._down_stream = None if self._module is None else self._module.Stream(device)
+        self._up_stream = None if self._module is None else self._module.Stream(device)
 
     def down(self, source: Tensor, host: Tensor) -> Copy | None:
         """Copy bytes to host memory; return the copy if it is not done yet."""
@@ -66,13 +67,13 @@ class DeviceLink:
         return trace.request("d2h", "activations", source.nbytes, functools.partial(self._down, source, host))
 
     def _down(self, source: Tensor, host: Tensor) -> Copy | None:
-        if self._down_stream is None:
+        if self._module is None or self._down_stream is None:
             host.copy_(source)
             return None
-        self._down_stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._down_stream):
+        self._down_stream.wait_stream(self._module.current_stream(self._device))
+        with self._module.stream(self._down_stream):
             host.copy_(source, non_blocking=True)
-            done = torch.cuda.Event()
+            done = self._module.Event()
             done.record(self._down_stream)
         source.record_stream(self._down_stream)
         return Copy(done, (source, host), source.nbytes)
@@ -89,18 +90,19 @@ class DeviceLink:
         return target, submit() if trace is None else trace.request("h2d", "activations", host.nbytes, submit)
 
     def _up(self, host: Tensor, target: Tensor) -> Copy | None:
-        if self._up_stream is None:
+        if self._module is None or self._up_stream is None:
             target.copy_(host)
             return None
-        compute = torch.cuda.current_stream(self._device)
+        compute = self._module.current_stream(self._device)
         self._up_stream.wait_stream(compute)
-        with torch.cuda.stream(self._up_stream):
+        with self._module.stream(self._up_stream):
             target.copy_(host, non_blocking=True)
-            done = torch.cuda.Event()
+            done = self._module.Event()
             done.record(self._up_stream)
         target.record_stream(self._up_stream)
         return Copy(done, (host,), host.nbytes)
 
     def arrive(self, copy: Copy) -> None:
         """Have what is computed from here on wait for a copy to the device."""
-        torch.cuda.current_stream(self._device).wait_event(copy.event)
+        assert self._module is not None, "on a CPU a copy is done when the call returns"
+        self._module.current_stream(self._device).wait_event(copy.event)

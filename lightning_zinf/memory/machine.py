@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lightning_zinf.memory.streams import module_of
+
 _STACK = 8 * 2**20
 """What a thread's stack takes where its size is not limited, as glibc has it."""
 _CGROUPS = (
@@ -54,10 +56,11 @@ def free_device_bytes(device: torch.device) -> int:
 
     What torch's allocator has taken and not lent (a model before this one had it, say) is free too.
     """
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return free_host_bytes()
+    module = module_of(device)
+    if module is None:
+        return free_host_bytes()
+    reserved = getattr(module, "memory_reserved", module.memory_allocated)
+    return int(module.mem_get_info(device)[0] + reserved(device) - module.memory_allocated(device))
 
 
 def free_disk_bytes(folder: str | os.PathLike[str]) -> int:

@@ -17,6 +17,7 @@ import importlib
 import os
 import sys
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ except ImportError:
     from lightning_zinf.ops import _fallback as _native
 
 _pinned: dict[int, int] = {}  # start -> bytes, of what pin() registered
+_others: dict[int, str] = {}  # start -> type of device, where that is not CUDA
 
 
 def host_empty(nbytes: int, *, huge_pages: bool = True) -> torch.Tensor:
@@ -56,31 +58,35 @@ def host_empty(nbytes: int, *, huge_pages: bool = True) -> torch.Tensor:
     return tensor
 
 
-def host_pinned(nbytes: int) -> torch.Tensor:
+def host_pinned(nbytes: int, device: str = "cuda") -> torch.Tensor:
     """Return host memory as :func:`host_empty` does, pinned for as long as a tensor has it.
 
-    Where there is no CUDA it is not pinned.
+    Where it cannot be pinned for that type of device it is not.
 
     Args:
         nbytes: Size in bytes.
+        device: Type of the devices that copy from and to it.
 
     Raises:
         MemoryError: The system refuses that many bytes.
-        RuntimeError: CUDA refuses to pin them.
+        RuntimeError: The driver refuses to pin them.
     """
     memory = host_empty(nbytes)
-    if not pin(memory):
+    if not pin(memory, device):
         return memory
     whole = (ctypes.c_uint8 * nbytes).from_address(memory.data_ptr())
-    end = weakref.finalize(whole, _let_go, memory, torch.cuda.current_device(), os.getpid())
+    index = torch.cuda.current_device() if device == "cuda" else None
+    end = weakref.finalize(whole, _let_go, memory, index, os.getpid())
     end.atexit = False  # CUDA is gone by then, or about to go
     return torch.frombuffer(whole, dtype=torch.uint8)
 
 
-def _let_go(memory: torch.Tensor, device: int, process: int) -> None:
+def _let_go(memory: torch.Tensor, device: int | None, process: int) -> None:
     """Unpin memory that nobody has any more, on whatever thread the last tensor on it has gone."""
     if process == os.getpid() and not sys.is_finalizing():
-        with torch.cuda.device(device):  # else a thread that has used no device yet would open a context on the first
+        with (
+            nullcontext() if device is None else torch.cuda.device(device)
+        ):  # else a thread that has used no device yet would open a context on the first
             unpin(memory)
 
 
@@ -108,33 +114,37 @@ def release_pages(tensor: torch.Tensor) -> int:
 def is_pinned(tensor: torch.Tensor) -> bool:
     """Tell whether any byte of ``tensor`` lies in memory that :func:`pin` registered."""
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    return any(start < begin + nbytes and begin < end for begin, nbytes in _pinned.items())
+    return any(start < begin + nbytes and begin < end for begin, nbytes in _pinned.copy().items())
 
 
-def pin(tensor: torch.Tensor) -> bool:
-    """Lock the memory of ``tensor`` for direct access by CUDA devices, so that copies run asynchronously.
+def pin(tensor: torch.Tensor, device: str = "cuda") -> bool:
+    """Lock the memory of ``tensor`` for direct access by devices of a type, so that copies run asynchronously.
+
+    Of types other than CUDA their torch module has to have ``host_register(pointer, nbytes)``, which raises what goes
+    wrong, and ``host_unregister(pointer)``.
 
     The caller must :func:`unpin` before the last tensor on that memory goes; :func:`host_pinned` sees to that itself.
     A child process that is forked does not have the memory.
 
     Returns:
-        True if the memory is pinned now, False where there is no CUDA.
+        True if the memory is pinned now, False where there is no such device, or no way to pin memory for it.
 
     Raises:
-        RuntimeError: CUDA refuses; the message has the bytes.
+        RuntimeError: The driver refuses; the message has the bytes.
         ValueError: Not contiguous, or pinned in part already.
     """
     if not tensor.is_contiguous():
         raise ValueError("pin: the tensor is not contiguous")
-    if tensor.nbytes == 0 or not torch.cuda.is_available():
+    register = _register_cuda if device == "cuda" else getattr(getattr(torch, device, None), "host_register", None)
+    if tensor.nbytes == 0 or register is None or (device == "cuda" and not torch.cuda.is_available()):
         return False
     if _pinned.get(tensor.data_ptr()) == tensor.nbytes:
         return True
     if is_pinned(tensor):
         raise ValueError(f"pin: the {tensor.nbytes} bytes overlap memory that is pinned already")
-    code = int(_cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1))  # 1: portable, for all devices
-    if code != 0:
-        raise RuntimeError(f"cudaHostRegister cannot pin {tensor.nbytes} bytes of host memory: {_describe(code)}")
+    register(tensor.data_ptr(), tensor.nbytes)
+    if device != "cuda":
+        _others[tensor.data_ptr()] = device
     _pinned[tensor.data_ptr()] = tensor.nbytes
     _advise(tensor, _MADV_DONTFORK)
     return True
@@ -148,9 +158,13 @@ def unpin(tensor: torch.Tensor) -> None:
     """
     if _pinned.pop(tensor.data_ptr(), None) is None:
         return
-    code = int(_cudart().cudaHostUnregister(tensor.data_ptr()))
-    if code != 0:
-        raise RuntimeError(f"cudaHostUnregister failed: {_describe(code)}")
+    other = _others.pop(tensor.data_ptr(), None)
+    if other is not None:
+        getattr(torch, other).host_unregister(tensor.data_ptr())
+    else:
+        code = int(_cudart().cudaHostUnregister(tensor.data_ptr()))
+        if code != 0:
+            raise RuntimeError(f"cudaHostUnregister failed: {_describe(code)}")
     _advise(tensor, _MADV_DOFORK)
 
 
@@ -162,6 +176,12 @@ def _advise(tensor: torch.Tensor, advice: int) -> None:
     if nbytes > 0:
         madvise = ctypes.CDLL(None).madvise
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice)
+
+
+def _register_cuda(pointer: int, nbytes: int) -> None:
+    code = int(_cudart().cudaHostRegister(pointer, nbytes, 1))  # 1: portable, for all devices
+    if code != 0:
+        raise RuntimeError(f"cudaHostRegister cannot pin {nbytes} bytes of host memory: {_describe(code)}")
 
 
 def _cudart() -> Any:

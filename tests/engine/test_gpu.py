@@ -1,7 +1,7 @@
 """The engine on a GPU: the same bits wherever state lives, and several steps of everything that differs there.
 
 Not run yet: no GPU was at hand. Run with `pytest -m gpu`; `benchmarks/gpu.sh` does. What a CPU can tell of it was seen
-there: this file passes with ``DEVICE`` set to the CPU.
+there: this file passes with ``DEVICE`` set to the CPU, and `test_sim.py` has its Trainer on a simulated device.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import simdevice
 import torch
 import torch.distributed as dist
 from driver import Where, session
@@ -31,7 +32,8 @@ from lightning_zinf.engine.squares import sums_of_squares
 from lightning_zinf.monitor.counters import Counters
 from lightning_zinf.ops import AdamHyper, Segment, adam_update, cuda, reference, split_master
 
-DEVICE = torch.device("cuda", 0)
+SIMULATED = os.environ.get("ZINF_TEST_DEVICE") == "sim"
+DEVICE = simdevice.register() if SIMULATED else torch.device("cuda", 0)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available() and DEVICE.type == "cuda", reason="needs a CUDA device"),
@@ -56,7 +58,11 @@ MODELS = ["mlp", "gpt", "gpt-recompute", "cnn", "lstm", "mixture", "frozen", "en
 def deterministic() -> Iterator[None]:
     """Have CUDA's kernels give the same bits each time."""
     torch.use_deterministic_algorithms(True)
+    if SIMULATED:
+        simdevice.start(1, 100, 1000)
     yield
+    if SIMULATED:
+        simdevice.finish()
     torch.use_deterministic_algorithms(False)
 
 
