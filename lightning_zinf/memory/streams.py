@@ -1,7 +1,7 @@
 """What torch offers of an accelerator with memory of its own, whichever it is: its module, memory and streams.
 
-CUDA's module is ``torch.cuda``, another's ``torch.<type>``: what has streams has them by the same names. Devices without
-(MPS) copy before they go on, which is right and slower.
+CUDA's module is ``torch.cuda``, another's ``torch.<type>``: what has streams has them by the same names. Devices
+without (MPS) copy before they go on, which is right and slower.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lightning_zinf
 import simdevice
 from lightning_zinf.checkpoint.full import full_state_dict
+from lightning_zinf.memory.slots import Slot
 from simdevice import device as sim
 
 DEVICE = simdevice.register()
@@ -187,6 +189,29 @@ def test_weights_in_a_slot_that_still_had_them_are_updated_after_compute_has_rea
         pager.release(unit)
 
 
+def test_what_is_copied_up_is_updated_after_that(tmp_path: Path) -> None:
+    update = SimpleNamespace(
+        done=0, touches=None, apply=lambda weight, state: weight.add_(1), needs=lambda planes: False
+    )
+    with running("gpt", tmp_path, PLACES[3]) as ours:
+        ours.train(1)
+        ours.engine.flush()
+        pager, unit = ours.engine.pager, next(u for u in ours.engine.units if u.moves)
+        buffer = unit.buffers[0]
+        ours.engine.context.ring.forget(ours.engine.context.ring.find(buffer) or Slot(torch.empty(1)))
+        with torch.no_grad():
+            simdevice.device.set_delays(1, 0, 50000)
+            for _ in range(4):
+                pager.gather([unit])  # the copy up has just begun
+                read = buffer.weights.flat() + 0
+                expected = buffer.weights.host().clone()
+                buffer.defer(update)
+                buffer.settle()
+                assert torch.equal(read.cpu(), expected)
+            simdevice.device.set_delays(0)
+        pager.release(unit)
+
+
 def test_what_code_does_between_steps(tmp_path: Path) -> None:
     """Masters are read and changed between steps, and weights in place by two updates, as on a CPU."""
 
@@ -203,7 +228,7 @@ def test_what_code_does_between_steps(tmp_path: Path) -> None:
             return ours.losses, {k: v.cpu() for k, v in full_state_dict(ours.engine).items()}
 
     losses, state = go(torch.device("cpu"), Where("none", "none"))
-    for where in (PLACES[0], PLACES[1], PLACES[4]):
+    for where in (PLACES[0], PLACES[4], PLACES[6]):
         simdevice.start(4, 100, 500)
         found = go(DEVICE, where)
         simdevice.finish()
