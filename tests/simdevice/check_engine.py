@@ -143,10 +143,10 @@ def test_gradients_leave_the_device_and_use_pinned_memory_again(tmp_path: Path) 
         pinned, resting = sim.pinned_bytes(), sim.memory_allocated()
         sim.reset_peak_memory_stats()
         ours.train(4)
-        assert sim.pinned_bytes() == pinned
+        assert sim.pinned_bytes() - pinned < layers * layer // 2  # a block that is still seen is not lent again
         assert sim.memory_allocated() - resting < layer  # what was copied down last is let go at the next release
         # Slots have been allocated; what comes and goes are gradients of a few layers, and activations.
-        assert sim.max_memory_allocated() - resting < 4 * layer + 2 * layers * 4 * 4 * width
+        assert sim.max_memory_allocated() - resting < 6 * layer + 2 * layers * 4 * 4 * width
         assert all(len(s.writes) <= 1 for s in ours.engine.context.ring._slots)
     del ours
     gc.collect()
@@ -210,6 +210,23 @@ def test_what_is_copied_up_is_updated_after_that(tmp_path: Path) -> None:
                 assert torch.equal(read.cpu(), expected)
             simdevice.device.set_delays(0)
         pager.release(unit)
+
+
+def test_what_is_copied_down_is_there_when_it_is_stored(tmp_path: Path) -> None:
+    with running("gpt", tmp_path, PLACES[3]) as ours:
+        ours.train(1)
+        ours.engine.flush()
+        pager, unit = ours.engine.pager, next(u for u in ours.engine.units if u.moves)
+        buffer = unit.buffers[0]
+        with torch.no_grad():
+            pager.gather([unit])
+            for _ in range(6):
+                expected = buffer.weights.flat().neg_().cpu()
+                simdevice.device.set_delays(1, 0, 20000)
+                buffer.weights.store()
+                simdevice.device.set_delays(0)
+                assert torch.equal(buffer.weights.host(), expected)
+            pager.release(unit)
 
 
 def test_what_code_does_between_steps(tmp_path: Path) -> None:
