@@ -7,6 +7,7 @@ buffer for each parameter.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -95,10 +96,14 @@ def to_dcp(
             entry.update({p: later(param, p) for p in _optimizer_planes(param)})
         groups = [{**g, "params": [names[i] for i in g["params"]]} for g in optimizer["param_groups"]]
         state[f"{_OPTIMIZER}{number}"] = {"state": entries, "param_groups": groups}
-    state_dict_saver.save(
-        state, checkpoint_id=os.fspath(out), planner=_StreamingPlanner(source, pieces, progress), no_dist=True
-    )
+    planner = _StreamingPlanner(source, pieces, progress)
+    state_dict_saver.save(state, checkpoint_id=os.fspath(out), planner=planner, **_alone(state_dict_saver.save))
     torch.save(rest, Path(out) / _META)
+
+
+def _alone(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return what has torch ask no other process. If it is too old for that, it asks none before there is a group."""
+    return {"no_dist": True} if "no_dist" in inspect.signature(function).parameters else {}
 
 
 def _optimizer_planes(param: Stored) -> list[str]:
@@ -165,7 +170,7 @@ def _optimizers(reader: Any, metadata: Metadata, weights: Mapping[str, str]) -> 
                 wanted[key] = torch.empty(kind.size, dtype=kind.properties.dtype)
             else:  # a plane; for SGD with momentum there is nothing else
                 stateful.add(_path(metadata, key)[2])
-        state_dict_loader.load(wanted, storage_reader=reader, no_dist=True)
+        state_dict_loader.load(wanted, storage_reader=reader, **_alone(state_dict_loader.load))
         entries: dict[str, dict[str, Any]] = {name: {} for name in sorted(stateful)}
         groups: dict[int, dict[str, Any]] = {}
         for key, value in wanted.items():
@@ -208,7 +213,7 @@ def _write(
 ) -> None:
     def read(key: str) -> Tensor:
         wanted = {key: torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype)}
-        state_dict_loader.load(wanted, storage_reader=reader, no_dist=True)
+        state_dict_loader.load(wanted, storage_reader=reader, **_alone(state_dict_loader.load))
         return wanted[key]
 
     def planes_of(buffer: Buffer, plane: str) -> Iterator[Tensor]:
