@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,3 +103,21 @@ def test_a_late_request_is_late(tmp_path: Path) -> None:
                 assert memory.eq(0).all()
         assert any(late)
         assert isinstance(store.read(extent, memory).wait(), int)
+
+
+@pytest.mark.parametrize("where", [Where("nvme", "nvme"), Where("nvme", "nvme", aliased=False)], ids=str)
+def test_delays_move_no_bytes(where: Where, tmp_path: Path) -> None:
+    """What is fetched when depends on the disk; what is fetched does not."""
+    moved = []
+    for seed in (None, 0, 1):
+        with session(ZOO["mlp"], tmp_path / str(seed), where, "bf16-mixed", Recipe()) as running:
+            running.train(2)
+            running.engine.flush()
+            counters = running.engine.counters
+            before = counters.snapshot()
+            with nullcontext() if seed is None else delayed(running.engine, seed):
+                running.train(4)
+                running.engine.flush()
+            moved.append({name: n for name, n in counters.since(before).items() if name.endswith("_bytes")})
+    assert moved[0]["nvme_read_bytes"] > 0
+    assert moved[0] == moved[1] == moved[2]
