@@ -56,8 +56,7 @@ def refuse_tracing() -> None:
     Raises:
         RuntimeError: Always then.
     """
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the latter
-    if torch._C._get_tracing_state() is not None or exporting():
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
         raise RuntimeError(
             "a module whose weights come and go cannot be traced: export copy.deepcopy(module), or a new module that "
             "has loaded lightning_zinf.full_state_dict(module). (TensorBoardLogger(log_graph=True) traces.)"

@@ -163,9 +163,7 @@ def _compare(packed: _Packed, now: tuple[int, int]) -> None:
 
 
 def _outer_hooks() -> Hooks | None:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is None:
-        return None
+    top = torch._C._autograd._top_saved_tensors_default_hooks
     try:
         hooks = top(True)
     except TypeError:  # older signature

@@ -191,7 +191,10 @@ class ElementwiseUpdate(Update):
             param = master[low - first : high - first].detach()
             param.grad = self._gradient(target.piece, low, high)
             home = {name: plane[low - first : high - first] for name, plane in planes.items()}
-            state = {} if kept is None else {**_copied(kept.rest), **{p: home[p] for p in kept.planes}}
+            if kept is None:
+                state = fresh_state(self.rule, target.group, param)
+            else:
+                state = {**_copied(kept.rest), **{p: home[p] for p in kept.planes}}
             params.append(param)
             states.append(state)
             homes.append((home, param.data_ptr(), master[low - first : high - first]))
@@ -223,12 +226,23 @@ class ElementwiseUpdate(Update):
             kept = self.states[target.piece.index]
             param = torch.empty(0)
             param.grad = torch.empty(0)
-            state = {} if kept is None else {**_copied(kept.rest), **{p: torch.empty(0) for p in kept.planes}}
+            if kept is None:
+                state = fresh_state(self.rule, target.group, param)
+            else:
+                state = {**_copied(kept.rest), **{p: torch.empty(0) for p in kept.planes}}
             self.rule.run([param], [state], [target.group])
             empty = {n: torch.empty(0) for n in self.rule.planes(target.group)}
             self._after[target.piece.index] = self._put(state, empty, target)
         for index, kept_now in self._after.items():
             self.states[index] = kept_now
+
+
+def fresh_state(rule: ElementwiseRule, options: Group, param: Tensor) -> dict[str, Any]:
+    """Return the state that an optimizer has before its first step: some (Adagrad) make it when they are built."""
+    accepted = inspect.signature(rule.kind.__init__).parameters
+    param = param.clone().requires_grad_()
+    fresh = rule.kind([param], **{k: v for k, v in options.items() if k in accepted})
+    return dict(fresh.state.get(param, {}))
 
 
 def _copied(value: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +299,7 @@ def _refusal(name: str, why: str) -> str:
 
 
 def _run_whole(rule: ElementwiseRule, options: Group, values: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    param, state = values[0].clone(), _fresh(rule, options, values[0])
+    param, state = values[0].clone(), fresh_state(rule, options, values[0])
     for grad in values[1:]:
         param.grad = grad.clone()
         rule.run([param], [state], [options])
@@ -295,17 +309,9 @@ def _run_whole(rule: ElementwiseRule, options: Group, values: list[Tensor]) -> t
 def _run_parts(rule: ElementwiseRule, options: Group, values: list[Tensor]) -> tuple[Tensor, list[dict[str, Any]]]:
     bounds = [(0, _CUT), (_CUT, _ROWS * _COLUMNS), (0, 0)]  # the last as on a rank that has nothing of the parameter
     params = [values[0].view(-1)[low:high].clone() for low, high in bounds]
-    states = [_fresh(rule, options, p) for p in params]
+    states = [fresh_state(rule, options, p) for p in params]
     for grad in values[1:]:
         for param, (low, high) in zip(params, bounds, strict=True):
             param.grad = grad.view(-1)[low:high].clone()
         rule.run(params, states, [options] * len(params))
     return torch.cat(params), states
-
-
-def _fresh(rule: ElementwiseRule, options: Group, param: Tensor) -> dict[str, Any]:
-    """Return the state that an optimizer has before its first step: some (Adagrad) make it when they are built."""
-    accepted = inspect.signature(rule.kind.__init__).parameters
-    param = param.clone().requires_grad_()
-    fresh = rule.kind([param], **{k: v for k, v in options.items() if k in accepted})
-    return dict(fresh.state.get(param, {}))
