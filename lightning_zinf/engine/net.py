@@ -163,9 +163,5 @@ def _compare(packed: _Packed, now: tuple[int, int]) -> None:
 
 
 def _outer_hooks() -> Hooks | None:
-    top = torch._C._autograd._top_saved_tensors_default_hooks
-    try:
-        hooks = top(True)
-    except TypeError:  # older signature
-        hooks = top()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks if hooks else None
